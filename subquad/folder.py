@@ -1,0 +1,117 @@
+"""The run folder: what is in it, and who may write to it.
+
+DIR/recipe.yaml (resolved)  plan.json  selection.json  log.jsonl  checkpoints/<stage>/  student/  results.json
+A folder belongs to one recipe. The same recipe continues it; a different one is refused unless told to overwrite.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from subquad.errors import UserError
+
+ENTRIES = ("recipe.yaml", "plan.json", "selection.json", "log.jsonl", "results.json", "sample.txt", "checkpoints", "student")
+_LOCK = ".lock"
+MAIN = os.environ.get("RANK", "0") == "0"  # under `accelerate launch` every process computes, and the first one writes
+
+
+class RunFolder:
+    """`with RunFolder(path, recipe_text, overwrite) as folder:` holds the folder against a second process for as long as the block runs."""
+
+    def __init__(self, path: str | Path, recipe_text: str, overwrite: bool = False):
+        self.path, self.recipe_text, self.overwrite = Path(path), recipe_text, overwrite
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def check(self) -> None:
+        """Raise UserError if the folder cannot be used. Reads only, so that a refusal leaves nothing behind."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; --out needs a folder.")
+        if self.overwrite or not self.path.is_dir() or not _visible(self.path):
+            return
+        recipe = self / "recipe.yaml"
+        if not recipe.is_file():
+            raise UserError(f"{self.path} is not empty and holds no run. Choose another --out, or give --overwrite to write into it.")
+        if recipe.read_text(encoding="utf-8") != self.recipe_text:
+            changes = ", ".join(_changed(recipe.read_text(encoding="utf-8"), self.recipe_text))
+            raise UserError(
+                f"{self.path} holds a run of a different recipe (differs in: {changes}). "
+                "Choose another --out, or give --overwrite to delete that run and start anew."
+            )
+
+    def __enter__(self) -> "RunFolder":
+        self.check()
+        if not MAIN:
+            return self
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self / _LOCK, "a+")  # held until __exit__; the kernel lets go of it when a process is killed
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path} is in use by another run that is still going. Wait for it, or choose another --out.") from None
+        if self.overwrite:
+            for name in ENTRIES:
+                remove(self / name)
+        write_text(self / "recipe.yaml", self.recipe_text)
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if not MAIN:
+            return
+        if kind is not None and issubclass(kind, UserError) and _visible(self.path) == ["recipe.yaml"]:
+            remove(self / "recipe.yaml")  # refused before any work was done: leave no trace
+            remove(self / _LOCK)
+            self._lock.close()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+        self._lock.close()
+
+    def read(self, name: str) -> Any | None:
+        """The JSON of an entry, or None if it is not there yet (entries appear whole or not at all)."""
+        path = self / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write(self, name: str, value: Any) -> None:
+        """Write an entry as JSON, whole or not at all."""
+        if MAIN:
+            write_text(self / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: temporary sibling, fsync, rename. On a full disk the old file stays and the temporary one goes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _visible(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+
+
+def _changed(old: str, new: str) -> list[str]:
+    """Top-level keys in which two resolved recipes differ."""
+    try:
+        before, after = yaml.safe_load(old) or {}, yaml.safe_load(new)
+        return [key for key in {**before, **after} if before.get(key) != after.get(key)] or ["formatting"]
+    except yaml.YAMLError:
+        return ["recipe.yaml is damaged"]

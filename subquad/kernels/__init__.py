@@ -1,0 +1,1 @@
+"""Ops on tensors. They know nothing of transformers, modules or recipes."""

@@ -1,0 +1,111 @@
+"""The branch every mixer has: exact softmax over the first `sinks` and the last `window` real tokens of each row.
+
+It also keeps the window: a token enters it when it arrives and is handed to the linear branch when it leaves, so the two branches never see
+the same token (SEEDS 3.2 K9, disjoint coverage; C04, C05 sinks).
+
+Key: as in base.py; W' <= window slots kept from earlier calls, X = W' + T extended slots, N sinks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.kernels.banded import banded_blocks
+from subquad.linearize.mixers.base import AttentionCall
+
+
+@dataclass
+class Local:
+    """Un-normalised softmax sums of the window and sinks, and the tokens that left the window during this call.
+
+    Query t reads the older tokens up to and including row t of `left_*`; `left_BT` is False where that row holds nothing (too early, a sink, filler).
+    left_k is None when no token has left yet.
+    """
+
+    numerator: Tensor  # [B, T, G, R, V] fp32
+    denominator: Tensor  # [B, T, G, R] fp32
+    top: Tensor  # [B, T, G, R] fp32
+    left_k: Tensor | None = None  # [B, T, G, K]
+    left_v: Tensor | None = None
+    left_extra: Tensor | None = None
+    left_BT: Tensor | None = None
+
+    def output(self) -> Tensor:
+        """Softmax attention over window and sinks alone, fp32."""
+        return self.numerator / self.denominator.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+
+
+def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Tensor | None = None) -> Local:
+    """Attend, hand out what leaves the window, and update the state's window, sinks and token counts."""
+    B, T = call.k_BTGK.shape[:2]
+    state = call.state
+    seen_B = state.seen_B if state is not None and state.seen_B is not None else torch.zeros(B, dtype=torch.long, device=call.k_BTGK.device)
+    fewest = state.fewest if state is not None else 0
+    sink_k, sink_v = _sinks(call, sinks, seen_B, fewest)
+    k, v, extra, before = call.k_BTGK, call.v_BTGV, extra_BTGX, 0
+    if state is not None and state.window_k is not None:
+        before = state.window_k.shape[1]
+        k, v = torch.cat([state.window_k, k], 1), torch.cat([state.window_v, v], 1)
+        extra = None if extra is None else torch.cat([state.window_extra, extra], 1)
+    slots = torch.arange(before + T, device=k.device)
+    # Slots before the first real token of a short row are empty; places after the last one are filler that no real query sees.
+    valid = None if fewest >= before else slots >= before - seen_B[:, None].clamp_max(before)
+    position_BT = seen_B[:, None] + torch.arange(T, device=k.device)
+    sink_seen = position_BT[..., None] - torch.arange(sinks, device=k.device) >= window if sinks else None
+    numerator, denominator, top = banded_blocks(
+        call.q_BTGRK, k, v, window=window, scale=call.scale, valid_BX=valid, softcap=call.softcap, sink_logit_GR=call.sink_logit_GR,
+        sink_k=sink_k, sink_v=sink_v, sink_seen_BTN=sink_seen,
+    )  # fmt: skip
+    local = Local(numerator, denominator, top)
+    early = window - before  # the first queries of a young row have nothing leaving yet
+    if T > early:
+        local.left_k, local.left_v, local.left_extra = (None if x is None else _leaving(x, early, T) for x in (k, v, extra))
+        local.left_BT = position_BT - window >= sinks
+        if call.real_BT is not None:
+            local.left_BT = local.left_BT & call.real_BT
+    if state is not None:
+        _remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v)
+    return local
+
+
+def _leaving(x: Tensor, early: int, T: int) -> Tensor:
+    """Slots shifted so that row t is the token that leaves when query t arrives; zeros where there is none."""
+    pad = (0, 0) * (x.dim() - 2) + (max(early, 0), 0)
+    return F.pad(x[:, : T - early], pad)
+
+
+def _sinks(call: AttentionCall, sinks: int, seen_B: Tensor, fewest: int) -> tuple[Tensor | None, Tensor | None]:
+    """Keys and values of each row's first `sinks` real tokens, as far as they have arrived (others are masked by position)."""
+    state = call.state
+    if not sinks:
+        return None, None
+    if state is not None and state.sink_k is not None and fewest >= sinks:
+        return state.sink_k, state.sink_v
+    T = call.k_BTGK.shape[1]
+    place = torch.arange(sinks, device=seen_B.device) - seen_B[:, None]  # [B, N]: where in this call sink n arrives
+    index = place.clamp(0, T - 1)[:, :, None, None]
+    k = call.k_BTGK.gather(1, index.expand(-1, -1, *call.k_BTGK.shape[2:]))
+    v = call.v_BTGV.gather(1, index.expand(-1, -1, *call.v_BTGV.shape[2:]))
+    if state is None or state.sink_k is None:
+        return k, v
+    old = (place < 0)[:, :, None, None]
+    return torch.where(old, state.sink_k, k), torch.where(old, state.sink_v, v)
+
+
+def _remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v) -> None:
+    state, T = call.state, call.k_BTGK.shape[1]
+    keep = min(window, before + T)
+    if call.real_BT is None:
+        counts, fewest = T, T
+        take = lambda x: x[:, -keep:].clone()  # noqa: E731  (a view would keep the whole prompt alive)
+    else:
+        counts, fewest = call.real_BT.sum(1), call.fewest
+        index = ((before + counts)[:, None] - keep + torch.arange(keep, device=k.device)).clamp_min(0)
+        take = lambda x: x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))  # noqa: E731
+    state.window_k, state.window_v = take(k), take(v)
+    state.window_extra = None if extra is None else take(extra)
+    state.sink_k, state.sink_v = sink_k, sink_v
+    state.seen_B = seen_B + counts
+    state.fewest += fewest

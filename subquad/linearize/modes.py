@@ -1,0 +1,41 @@
+"""Other ways to run a converted model for the length of a `with` block: as its own teacher, layer-local transfer, gated selection.
+
+Key: B batch, T tokens, G key/value heads, H query heads, V value size.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch.nn as nn
+from torch import Tensor
+
+from subquad.linearize.mixers.window import Window
+from subquad.linearize.seam import mode, seams
+
+
+def as_teacher(model: nn.Module):
+    """Inside the block every layer runs the teacher's exact attention with the model's present weights. Caches are stock ones."""
+    return mode(model, "teacher")
+
+
+def transfer(model: nn.Module, on_layer: Callable[[int, Tensor, Tensor, Tensor | None], None]):
+    """Inside the block every converted layer passes the exact output on and calls on_layer(index, mixed, exact, padding) (SEEDS G02).
+
+    mixed, exact: [B, T, H', V] of the converted heads; gradients of `mixed` reach the mixer's parameters only. padding: [B, T] bool of real tokens,
+    or None. Run the model under torch.no_grad().
+    """
+    return mode(model, "transfer", on_layer=on_layer)
+
+
+@contextmanager
+def gated(model: nn.Module, gates: dict[int, Tensor]):
+    """Inside the block head g of layer l gives gates[l][g] x exact + (1 - gates[l][g]) x (the plan's window with sinks); gates: [G] per layer."""
+    found = seams(model)
+    for seam in found:
+        seam.probe = Window(seam.module.mixer.shape, seam.module.mixer.window, seam.module.mixer.sinks)
+    try:
+        with mode(model, "gated", gates=gates):
+            yield model
+    finally:
+        for seam in found:
+            del seam.probe

@@ -1,0 +1,277 @@
+"""The seam: the one place where a mixer is put into a transformers model.
+
+Since transformers v5 an attention module projects, norms and rotates q, k, v itself and then calls
+`ALL_ATTENTION_FUNCTIONS[config._attn_implementation](module, q, k, v, mask, scaling=...)`. A converted module gets its own shallow copy of
+the config whose implementation is `subquad`; everything else in the model, its masks included, keeps the implementation it had.
+
+Key: B batch, T tokens of this call, S tokens so far, H query heads, G key/value heads, R = H / G, K key size, V value size, D model size.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from subquad.errors import UserError
+from subquad.linearize.layout import CallNote
+from subquad.linearize.mixers.base import AttentionCall
+from subquad.linearize.state import MixerState, state_of
+
+IMPLEMENTATION = "subquad"
+
+# Arguments at the seam that change the result and that mixers honour.
+HONOURED = {"scaling", "softcap", "s_aux", "sliding_window"}
+# Arguments that say nothing about the weights of one token for another.
+HARMLESS = {"position_ids", "cache_position", "dropout", "is_causal", "position_embeddings", "hidden_states", "num_items_in_batch", "token_type_ids"}
+# Arguments that change the result and that a mixer cannot honour: refused by name whatever their value.
+REFUSED = {"position_bias", "alibi", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_mask", "score_mod"}
+
+
+@dataclass
+class Root:
+    """What all converted layers of one model share."""
+
+    note: CallNote = field(default_factory=CallNote)
+    mode: str = "student"  # student | teacher | transfer | gated
+    on_layer: Callable | None = None  # transfer: called with (layer index, mixed, exact, padding)
+    gates: dict[int, Tensor] | None = None  # gated: layer index -> [G]
+
+
+class LayerSeam:
+    """What one converted attention module needs at the seam. A plain object, so that nothing of it lands in the state dict."""
+
+    def __init__(self, module: nn.Module, index: int, exact: tuple[int, ...], kv_heads: int, root: Root, teacher_window: int | None):
+        self.module, self.index, self.exact, self.root, self.teacher_window = module, index, exact, root, teacher_window
+        self.soft = tuple(g for g in range(kv_heads) if g not in exact)
+        order = [*self.exact, *self.soft]
+        self.inverse = [order.index(g) for g in range(kv_heads)]
+        self.config = module.config
+        self.hidden: Tensor | None = None
+        self.state: MixerState | None = None
+
+    def attach(self) -> None:
+        own = copy.copy(self.config)
+        own.__dict__["_attn_implementation_internal"] = IMPLEMENTATION  # the setter would write through to shared sub-configs
+        self.module.config = own
+        self.module.seam = self
+        self.handles = [
+            self.module.register_forward_pre_hook(self.before, with_kwargs=True),
+            self.module.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.module.config = self.config
+        del self.module.seam
+
+    def before(self, module, args, kwargs) -> None:
+        """Note this call's layer input and put our state into its cache."""
+        values = [*args, *kwargs.values()]
+        self.hidden = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point()), None)
+        cache = next((x for x in values if isinstance(x, Cache)), None)
+        self.state = None
+        if cache is not None and self.root.mode == "student":
+            self.state = state_of(cache, self.index, self.teacher_window)
+            self.state.updated = False
+
+    def after(self, module, args, output) -> None:
+        self.hidden = self.state = None
+
+
+def seams(model: nn.Module) -> list[LayerSeam]:
+    """The converted layers of a model, in layer order. Empty for a model that is not converted."""
+    found = {id(s): s for m in model.modules() if (s := m.__dict__.get("seam")) is not None}
+    return sorted(found.values(), key=lambda s: s.index)
+
+
+class _HeadView:
+    """An attention module as seen by the exact heads alone: per-head tensors (learned sinks, slopes) are cut to those heads."""
+
+    def __init__(self, module: nn.Module, heads: list[int], total: int):
+        self.__dict__.update(_module=module, _heads=heads, _total=total)
+
+    def __getattr__(self, name):
+        value = getattr(self._module, name)
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == self._total:
+            return value[self._heads]
+        return value
+
+
+def _original(seam: LayerSeam) -> Callable:
+    """The attention function the module would have called. `eager` is not in the table: it lives beside the module's class."""
+    name = seam.config._attn_implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        for cls in type(seam.module).__mro__:
+            eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+            if eager is not None:
+                return eager
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, None)
+
+
+def exact_attention(seam: LayerSeam, q: Tensor, k: Tensor, v: Tensor, mask, kv_heads: tuple[int, ...], **kwargs) -> Tensor:
+    """The teacher's own attention for some key/value heads: q [B, H', T, K] -> [B, T, H', V]."""
+    total, groups = seam.module.mixer.total_kv_heads, seam.module.mixer.shape.groups
+    module = seam.module
+    if len(kv_heads) != total:
+        heads = [g * groups + r for g in kv_heads for r in range(groups)]
+        module = _HeadView(seam.module, heads, total * groups)
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == total * groups:
+            mask = mask[:, heads]
+        if isinstance(kwargs.get("s_aux"), Tensor):
+            kwargs["s_aux"] = kwargs["s_aux"][heads]
+    return _original(seam)(module, q, k, v, mask, **kwargs)[0]
+
+
+def _check(seam: LayerSeam, kwargs: dict) -> None:
+    given = [name for name, value in kwargs.items() if value is not None]
+    problems = [name for name in given if name in REFUSED]
+    problems += [
+        name for name in given
+        if name not in HONOURED | HARMLESS | REFUSED and isinstance(kwargs[name], Tensor) and kwargs[name].is_floating_point()
+    ]  # fmt: skip
+    if problems:
+        raise UserError(
+            f"Layer {seam.index} ({type(seam.module).__name__}) passes {', '.join(problems)} to its attention. That changes the result and a mixer "
+            f"cannot honour it (honoured: {', '.join(sorted(HONOURED))}). Keep this layer exact in the plan."
+        )
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **kwargs) -> tuple[Tensor, None]:
+    """The registered attention function: q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> o [B, T, H, V]."""
+    seam: LayerSeam = module.seam
+    root = seam.root
+    every = tuple(range(module.mixer.total_kv_heads))
+    if root.mode != "student":
+        exact = exact_attention(seam, query, key, value, attention_mask, every, **kwargs)
+        if root.mode == "teacher":
+            return exact, None
+        _check(seam, kwargs)
+        mode = {"transfer": _transfer, "gated": _gated}[root.mode]
+        return mode(seam, query, key, value, exact, kwargs), None
+    _check(seam, kwargs)
+    state = seam.state
+    if state is not None and not state.updated:
+        raise UserError(
+            f"Layer {seam.index} ({type(module).__name__}) attends without adding to its own cache layer (it shares keys with another layer). Keep it exact."
+        )
+    q, k, v = (_heads(x, seam.soft, len(every)) for x in (query, key, value))
+    mixed = run_mixer(seam, q, k, v, state, kwargs)
+    if state is not None:
+        state.length += query.shape[2]
+    if not seam.exact:
+        return mixed, None
+    q, k, v = (_heads(x, seam.exact, len(every)) for x in (query, key, value))
+    if state is not None:
+        k, v = state.extend_exact(k, v)
+    exact = exact_attention(seam, q, k, v, attention_mask, seam.exact, **kwargs)
+    both = torch.cat([exact.unflatten(2, (len(seam.exact), -1)), mixed.to(exact.dtype).unflatten(2, (len(seam.soft), -1))], 2)
+    return both[:, :, seam.inverse].flatten(2, 3), None
+
+
+def _heads(x: Tensor, kv_heads: tuple[int, ...], total: int) -> Tensor:
+    """Rows of [B, P, T, K] that belong to `kv_heads`; P is G or H."""
+    if len(kv_heads) == total:
+        return x
+    return x.unflatten(1, (total, -1))[:, list(kv_heads)].flatten(1, 2)
+
+
+def run_mixer(seam: LayerSeam, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, kwargs: dict, mixer=None, heads: tuple[int, ...] | None = None) -> Tensor:
+    """Bring the call into the mixer's form, run it, and bring the output back: [B, T, H, V]."""
+    mixer = seam.module.mixer if mixer is None else mixer
+    heads = seam.soft if heads is None else heads
+    B, _, T, _ = q.shape
+    G = len(heads)
+    hidden = seam.hidden
+    if hidden is None or hidden.shape[:2] != (B, T):
+        raise UserError(f"Layer {seam.index} ({type(seam.module).__name__}) was called without its hidden states [batch, tokens, size]; it cannot be converted.")
+    s_aux = kwargs.get("s_aux")
+    if s_aux is not None:
+        s_aux = s_aux.unflatten(0, (seam.module.mixer.total_kv_heads, -1))[list(heads)]
+    scale = kwargs.get("scaling")
+    call = AttentionCall(
+        q_BTGRK=q.transpose(1, 2).unflatten(2, (G, -1)), k_BTGK=k.transpose(1, 2), v_BTGV=v.transpose(1, 2), hidden_BTD=hidden,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, state=state, softcap=kwargs.get("softcap"), sink_logit_GR=s_aux, fewest=T,
+    )  # fmt: skip
+    layout = seam.root.note.layout(B, T, cached=state is not None)
+    if layout is not None:
+        call.q_BTGRK, call.k_BTGK, call.v_BTGV, call.hidden_BTD = (layout.gather(x) for x in (call.q_BTGRK, call.k_BTGK, call.v_BTGV, hidden))
+        call.real_BT, call.fewest = layout.real_DL, layout.fewest
+    out = mixer(call)
+    if layout is not None:
+        out = layout.scatter(out, B, T)
+    return out.flatten(2, 3)
+
+
+def _transfer(seam: LayerSeam, q, k, v, exact, kwargs) -> Tensor:
+    """Hand the mixer's and the teacher's output of the converted heads to the caller; the exact output goes on."""
+    total = seam.module.mixer.total_kv_heads
+    q, k, v = (_heads(x, seam.soft, total).detach() for x in (q, k, v))
+    kept, seam.hidden = seam.hidden, seam.hidden.detach()
+    with torch.enable_grad():
+        mixed = run_mixer(seam, q, k, v, None, kwargs)
+        target = exact.detach().unflatten(2, (total, -1))[:, :, list(seam.soft)].flatten(2, 3)
+        seam.root.on_layer(seam.index, mixed, target, seam.root.note.padding(q.shape[0], q.shape[2]))
+    seam.hidden = kept
+    return exact
+
+
+def _gated(seam: LayerSeam, q, k, v, exact, kwargs) -> Tensor:
+    """gate x exact + (1 - gate) x window, per key/value head: how much of each head's full attention the model needs (DESIGN section 3)."""
+    total = seam.module.mixer.total_kv_heads
+    window = run_mixer(seam, q, k, v, None, kwargs, mixer=seam.probe, heads=tuple(range(total)))
+    gate = seam.root.gates[seam.index].to(exact.dtype)[None, None, :, None, None]
+    exact, window = exact.unflatten(2, (total, -1)), window.unflatten(2, (total, -1))
+    return torch.lerp(window, exact, gate.expand_as(exact)).flatten(2, 3)
+
+
+class ModelHooks:
+    """Notes padding at the call of the model and of every inner model (a base model may be called on its own)."""
+
+    def __init__(self, model: nn.Module, root: Root):
+        self.root, self.handles = root, []
+        from transformers import PreTrainedModel
+
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                self.handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
+                self.handles.append(module.register_forward_hook(self.after, always_call=True))
+
+    def before(self, module, args, kwargs) -> None:
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self.root.note.enter(mask, kwargs.get("position_ids"))
+
+    def after(self, module, args, output) -> None:
+        self.root.note.leave()
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@contextmanager
+def mode(model: nn.Module, name: str, **fields):
+    """Switch every converted layer of a model to another mode for the length of a with block."""
+    found = seams(model)
+    if not found:
+        raise UserError("This model has no converted layers: call subquad.linearize(model, plan) first.")
+    root = found[0].root
+    before = {key: getattr(root, key) for key in ("mode", *fields)}
+    root.mode = name
+    for key, value in fields.items():
+        setattr(root, key, value)
+    try:
+        yield model
+    finally:
+        for key, value in before.items():
+            setattr(root, key, value)
+
+
+AttentionInterface.register(IMPLEMENTATION, attention)

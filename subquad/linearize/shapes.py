@@ -1,0 +1,141 @@
+"""Find the attention layers of any transformers model, and their sizes, by watching what arrives at the seam. No table of families.
+
+The model is built on the meta device (no weights, no memory) and called with two tokens under a recording attention function. Where another part
+of the model cannot run without data (expert routing, length-dependent rotary scaling), data-dependent questions are answered by a fixed value:
+only shapes are read here.
+
+Key: B batch, T tokens, H query heads, G key/value heads, K key size, V value size.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+
+from subquad.errors import UserError
+
+PROBE = "subquad_probe"
+TOKENS = 2
+_seen: list = []
+
+
+@dataclass(frozen=True)
+class Found:
+    """One attention module that goes through the attention interface."""
+
+    name: str
+    index: int
+    hidden: int
+    query_heads: int
+    kv_heads: int
+    key: int
+    value: int
+    window: int | None  # the teacher's own sliding window
+    kind: str  # the config's layer type; full_attention when it says nothing
+    causal: bool
+    arguments: tuple[str, ...]  # what else arrives at the seam with a value
+
+
+def _record(module, query, key, value, attention_mask=None, **kwargs):
+    _seen.append((module, query.shape, key.shape, value.shape, {k: v for k, v in kwargs.items() if v is not None}))
+    B, H, T, _ = query.shape
+    return value.new_zeros(B, T, H, value.shape[-1]), None
+
+
+AttentionInterface.register(PROBE, _record)
+
+
+class _AnswerAnything(TorchDispatchMode):
+    """Meta tensors have no values: numbers read from them are 1, index searches find nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return False if args[0].dtype == torch.bool else 1
+        if func is torch.ops.aten.nonzero.default and args[0].device.type == "meta":
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The model of a config on the meta device."""
+    config = copy.deepcopy(config)
+    level = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with torch.device("meta"):
+            return (cls._from_config(config) if cls else AutoModelForCausalLM.from_config(config)).eval()
+    finally:
+        logging.getLogger("transformers").setLevel(level)
+
+
+def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> list[Found]:
+    """Every self-attention module that calls the attention interface, in layer order. UserError for models where none does."""
+    try:
+        model = empty_model(config, cls)
+    except ValueError as error:
+        raise UserError(f"No causal language model is known for model type {config.model_type!r}: {str(error).splitlines()[0]}") from error
+    candidates = {m: name for name, m in model.named_modules() if _is_candidate(m)}
+    calls: dict[type, tuple] = {}
+    handles = [m.register_forward_pre_hook(lambda m, a, k: calls.__setitem__(type(m), (a, k)), with_kwargs=True) for m in candidates]
+    for module in candidates:
+        module.config = copy.copy(module.config)
+        module.config.__dict__["_attn_implementation_internal"] = PROBE
+    _seen.clear()
+    with torch.no_grad(), _AnswerAnything():
+        failure = _run(lambda: model(input_ids=torch.ones(1, TOKENS, dtype=torch.long, device="meta"), use_cache=False))
+        reached = {entry[0] for entry in _seen}
+        for handle in handles:
+            handle.remove()
+        for module in candidates:  # what stopped the model was not attention: call the rest as their likes were called
+            if failure is not None and module not in reached and type(module) in calls:
+                args, kwargs = calls[type(module)]
+                _run(lambda module=module, args=args, kwargs=kwargs: module(*args, **kwargs))
+    entries = {entry[0]: entry for entry in _seen}
+    found = [_found(candidates[m], m, *entry[1:], config) for m, entry in entries.items()]
+    _seen.clear()
+    if not found:
+        detail = f" (while looking: {type(failure).__name__}: {str(failure).splitlines()[0]})" if failure else ""
+        raise UserError(
+            f"Model type {config.model_type!r} cannot be converted: its attention does not go through transformers' attention interface, "
+            f"which is where a mixer is put in. Models such as llama, qwen, mistral, gemma, phi, gpt2 or gpt_neox do.{detail}"
+        )
+    return sorted(found, key=lambda f: f.index)
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "layer_idx", None), int) and isinstance(getattr(module, "config", None), PreTrainedConfig)
+
+
+def _run(call) -> Exception | None:
+    try:
+        call()
+    except Exception as error:  # any part of any model may fail on tensors without data; the caller judges by what was recorded
+        return error
+    return None
+
+
+def _found(name, module, q, k, v, arguments, config) -> Found:
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    kind = kinds[module.layer_idx] if module.layer_idx < len(kinds) else "full_attention"
+    return Found(
+        name=name,
+        index=module.layer_idx,
+        hidden=_hidden_size(config),
+        query_heads=q[1],
+        kv_heads=k[1],
+        key=k[3],
+        value=v[3],
+        window=arguments.get("sliding_window"),
+        kind=kind,
+        causal=bool(getattr(module, "is_causal", True)),
+        arguments=tuple(sorted(arguments)),
+    )
+
+
+def _hidden_size(config: PreTrainedConfig) -> int:
+    return config.get_text_config().hidden_size

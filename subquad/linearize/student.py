@@ -1,0 +1,155 @@
+"""The converted model as transformers sees it: its config, how it is built from one, and how it is loaded.
+
+In memory a student is an ordinary instance of the teacher's class (a subclass of it, so that saving writes a student). On disk its model type
+is ours: plain transformers refuses the folder instead of running the softmax teacher with the student's weights (DESIGN section 7).
+
+This module and everything it imports is also written into student folders, so that they load with trust_remote_code and without the package
+(bundle.py). It may import only torch, transformers and modules of this package that obey the same rule.
+"""
+
+import copy
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from subquad.errors import UserError
+from subquad.linearize.plan import Plan
+from subquad.linearize.surgery import attach, detach
+
+MODEL_TYPE = "subquad"
+# Written by transformers for the folder it saves, of no meaning inside another config.
+_NOT_THE_TEACHERS = ("_name_or_path", "transformers_version", "auto_map", "architectures")
+
+
+class SubquadConfig(PreTrainedConfig):
+    """teacher: the teacher's config as a dict with its model_type; plan: Plan.to_dict(); provenance: where the student comes from."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, teacher: dict[str, Any] | None = None, plan: dict[str, Any] | None = None, provenance: dict[str, Any] | None = None, **kwargs):
+        self.teacher, self.plan, self.provenance = teacher or {}, plan or {}, provenance or {}
+        super().__init__(**kwargs)
+
+    def teacher_config(self) -> PreTrainedConfig:
+        """The teacher's config object; model types are looked up in transformers' own table."""
+        data = copy.deepcopy(self.teacher)
+        model_type = data.pop("model_type", None)
+        if model_type is None:
+            raise UserError("This config.json names no teacher: the folder was not written by subquad, or is damaged.")
+        try:
+            config = AutoConfig.for_model(model_type, **data)
+        except ValueError as error:
+            raise UserError(f"This student was made from a {model_type!r} model, which the installed transformers does not know. Upgrade transformers.") from error
+        config.dtype = self.dtype or config.dtype
+        config._attn_implementation = self._attn_implementation
+        return config
+
+
+class SubquadForCausalLM(PreTrainedModel):
+    """Stands for students in transformers' auto classes; loading gives an instance of the teacher's class with its mixers in place."""
+
+    config_class = SubquadConfig
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, config: SubquadConfig | None = None, **kwargs):
+        """As PreTrainedModel.from_pretrained. UserError when weights are missing or do not belong to the model."""
+        if config is None:
+            config = SubquadConfig.from_pretrained(folder)
+        wanted_info = kwargs.pop("output_loading_info", False)
+        model, info = _loader(config).from_pretrained(folder, *args, config=config.teacher_config(), output_loading_info=True, **kwargs)
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unexpected or info.get("mismatched_keys"):
+            raise UserError(
+                f"{folder}: the weights do not fit the plan in config.json ({len(missing)} missing, {len(unexpected)} unexpected, "
+                f"for example {(missing + unexpected + ['shapes'])[0]}). The folder is damaged or was edited; save the student again."
+            )
+        model.subquad_provenance = config.provenance
+        return (model, info) if wanted_info else model
+
+    @classmethod
+    def _from_config(cls, config: SubquadConfig, **kwargs):
+        return _loader(config)._from_config(config.teacher_config(), **kwargs)
+
+
+def _loader(config: SubquadConfig) -> type[PreTrainedModel]:
+    """The teacher's class, converting itself on construction so that from_pretrained finds every parameter in its place."""
+    teacher = config.teacher_config()
+    if type(teacher) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"transformers has no causal language model for {teacher.model_type!r}.")
+    base, plan = MODEL_FOR_CAUSAL_LM_MAPPING[type(teacher)], Plan.from_dict(config.plan)
+
+    def __init__(self, config, *args, **kwargs):
+        base.__init__(self, config, *args, **kwargs)
+        attach(self, plan)
+
+    return student_class(base, {"__init__": __init__})
+
+
+def student_class(base: type[PreTrainedModel], more: dict[str, Any] | None = None) -> type[PreTrainedModel]:
+    """A subclass of the teacher's class, under its name, whose save_pretrained writes a student folder."""
+    members = {"save_pretrained": _save_pretrained, "teacher_class": base, "__module__": base.__module__, "__doc__": base.__doc__, **(more or {})}
+    return type(base.__name__, (base,), members)
+
+
+def student_config(model: PreTrainedModel) -> SubquadConfig:
+    """The config to write for a converted model."""
+    teacher = model.config.to_diff_dict()
+    for key in (*_NOT_THE_TEACHERS, "quantization_config"):
+        teacher.pop(key, None)
+    teacher["model_type"] = model.config.model_type
+    config = SubquadConfig(
+        teacher=teacher,
+        plan=model.subquad_plan.to_dict(),
+        provenance=getattr(model, "subquad_provenance", {}),
+        architectures=[SubquadForCausalLM.__name__],
+        auto_map={"AutoConfig": "modeling_subquad.SubquadConfig", "AutoModelForCausalLM": "modeling_subquad.SubquadForCausalLM"},
+        dtype=next(model.parameters()).dtype,
+        tie_word_embeddings=getattr(model.config, "tie_word_embeddings", False),
+    )
+    # What tools ask every language model's config for.
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        if getattr(model.config, key, None) is not None:
+            setattr(config, key, getattr(model.config, key))
+    return config
+
+
+def _save_pretrained(self, save_directory, **kwargs):
+    """As PreTrainedModel.save_pretrained, with the student's config and the code that loads it without the package."""
+    type(self).teacher_class.save_pretrained(self, save_directory, **kwargs)
+    if kwargs.get("is_main_process", True):
+        config = student_config(self)
+        config.save_pretrained(save_directory)
+        _write_code(Path(save_directory))
+        if kwargs.get("push_to_hub"):
+            raise UserError("Save first, then upload the folder (huggingface_hub.upload_folder): a student's config and code are written after its weights.")
+
+
+def _write_code(folder: Path) -> None:
+    """The files that load this student without the package: made from the package, or copied on when this code is itself such a copy."""
+    if __name__ == "subquad.linearize.student":
+        importlib.import_module("subquad.linearize.bundle").write(folder)
+        return
+    for path in Path(__file__).parent.glob("*subquad*.py"):
+        shutil.copyfile(path, folder / path.name)
+
+
+def convert(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Carry out a plan on a model in place; returns the same object."""
+    attach(model, plan)
+    model.__class__ = student_class(type(model))
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the mixers out again; returns the same object, of the teacher's class, with its present weights."""
+    detach(model)
+    model.__class__ = type(model).teacher_class
+    return model
+
+
+AutoConfig.register(MODEL_TYPE, SubquadConfig, exist_ok=True)
+AutoModelForCausalLM.register(SubquadConfig, SubquadForCausalLM, exist_ok=True)

@@ -1,0 +1,40 @@
+"""Carry out a plan on a model, and undo it. The only code that changes modules.
+
+Everything is checked before the first module is touched, so a refused plan leaves the model as it was.
+"""
+
+import torch
+import torch.nn as nn
+
+from subquad.errors import raise_all
+from subquad.linearize.mixers import build
+from subquad.linearize.plan import Plan
+from subquad.linearize.seam import LayerSeam, ModelHooks, Root, seams
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Put the plan's mixers into the model. Parameters are created on each layer's device in fp32 (gates and maps are small)."""
+    modules = dict(model.named_modules())
+    problems = [f"The plan names {layer.name!r}, which {type(model).__name__} does not have." for layer in plan.converted if layer.name not in modules]
+    if seams(model):
+        problems.append("This model is already converted: call subquad.restore(model) first.")
+    raise_all(problems)
+    root = Root()
+    for layer in plan.converted:
+        module = modules[layer.name]
+        mixer = build(layer.mixer, layer.soft_shape, layer.window, layer.sinks, plan.options)
+        mixer.total_kv_heads = layer.kv_heads
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        module.mixer = mixer.to(device)
+        LayerSeam(module, layer.index, layer.exact, layer.kv_heads, root, layer.teacher_window).attach()
+    model.subquad_hooks = ModelHooks(model, root)
+    model.subquad_plan = plan
+
+
+def detach(model: nn.Module) -> None:
+    """Take everything out again: the model is the teacher with its present weights."""
+    for seam in seams(model):
+        seam.detach()
+        del seam.module.mixer
+    model.subquad_hooks.remove()
+    del model.subquad_hooks, model.subquad_plan

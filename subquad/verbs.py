@@ -1,0 +1,177 @@
+"""The toolkit's verbs one at a time, from Python and for the command line: convert, distill, evaluate. `run.py` joins them into a story."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import AutoTokenizer, PreTrainedModel
+
+import subquad
+from subquad.distill.data import Tokens, load_documents
+from subquad.distill.log import JsonLog
+from subquad.distill.stage import Stage
+from subquad.errors import UserError
+from subquad.evals import evaluate as run_tasks
+from subquad.folder import RunFolder
+from subquad.healing import heal
+from subquad.linearize import Plan, hub, linearize, plan, restore
+from subquad.linearize.state import cache_bytes
+from subquad.linearize.teacher import load_teacher
+from subquad.progress import Reporter
+from subquad.recipe import EvalTasks
+from subquad.settings import apply_sets, validate
+
+Rows = list[dict[str, Any]]  # model, metric, setting, value, ratio (to the teacher)
+Text = Tokens | str | list[str]  # token ids, or a data source (distill/data.py)
+
+STAGE = {"name": "kl", "train": "attention", "inputs": "own", "losses": {"kl": 1.0}, "tokens": 100_000, "context": 512, "lr": 1e-4}
+TASKS = {"perplexity": {}, "agreement": {}, "repeat": {}}
+
+
+def evaluate(
+    student: PreTrainedModel,
+    data: Text,
+    tasks: dict[str, dict[str, Any]] | None = None,
+    *,
+    teacher: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    report: Reporter | None = None,
+) -> Rows:
+    """Rows (model, metric, setting, value, ratio) of `student` on `data`, beside the teacher and the same window untrained.
+
+    tasks: {name: settings}, names as in subquad.evals.TASKS. Without a teacher the student stands alone.
+    """
+    report, tokens = report or Reporter(), as_tokens(data, tokenizer)
+    models: dict[str, Callable[[], AbstractContextManager[PreTrainedModel]]] = {}
+    if teacher is not None:
+        window = untrained_window(teacher, student)
+        models = {"teacher": lambda: nullcontext(teacher), "window": lambda: nullcontext(window)}
+    models["student"] = lambda: nullcontext(student)
+    tasks = with_cache_bytes(validate(EvalTasks, TASKS if tasks is None else tasks).root)
+    return run_tasks(models, tokens.long(), tasks, report.line)
+
+
+def distill(
+    student: PreTrainedModel,
+    stages: list[Stage | dict[str, Any]],
+    data: Text,
+    *,
+    folder: str | Path,
+    tokenizer: Any = None,
+    teacher: PreTrainedModel | None = None,
+    seed: int = 0,
+    report: Reporter | None = None,
+) -> PreTrainedModel:
+    """Heal a converted model in place, stage by stage, and return it; resumes from the checkpoints in `folder`.
+
+    teacher: asked by stages that move more than mixers or adapters. Without one, the student's own exact model is copied, which is the
+    teacher as long as the student has not been trained before.
+    """
+    checked = [stage if isinstance(stage, Stage) else validate(Stage, stage, f"stages.{i}.") for i, stage in enumerate(stages)]
+    tokens, folder = as_tokens(data, tokenizer), Path(folder)
+    if teacher is None and any(stage.train != "mixers" for stage in checked):
+        teacher = restore(copy.deepcopy(student))
+    folder.mkdir(parents=True, exist_ok=True)
+    log, checkpoints = JsonLog(folder / "log.jsonl"), folder / "checkpoints"
+    heal(student, checked, tokens, open_teacher=lambda: teacher, folder=checkpoints, log=log, seed=seed, report=report or Reporter())
+    return student
+
+
+# ---- the same on folders ---------------------------------------------------------------------------------------------------------------
+
+
+def convert_folder(name: str, what: Plan, out: Path, *, overwrite: bool = False) -> None:
+    """Open the teacher `name`, convert it, save it untrained in `out`."""
+    hub.check_free(out, overwrite)
+    model, tokenizer = load_teacher(name)
+    student = linearize(model, what)
+    hub.save(
+        student, out, tokenizer=tokenizer, provenance={"teacher": name, "trained_tokens": 0, "versions": versions()}, overwrite=overwrite
+    )
+
+
+def distill_folder(
+    name: Path, data: list[str], out: Path, sets: list[str], *, teacher: str | None = None, overwrite: bool = False, report: Reporter
+) -> None:
+    """Heal the student in folder `name` with one stage (STAGE, changed by `sets`); `out` becomes a run folder."""
+    stage = validate(Stage, apply_sets(STAGE, sets))
+    folder = RunFolder(out, yaml.safe_dump({"student": str(name), "data": data, "stages": [stage.model_dump(mode="json")]}), overwrite)
+    folder.check()
+    documents = load_documents(data)
+    student, tokenizer = open_student(name)
+    with folder:
+        if (folder / "student").is_dir():
+            return report.line(f"{out} is finished.")
+        tokens = Tokens.from_documents(documents, tokenizer)
+        other = None if teacher is None and not trained_tokens(student) else original_teacher(student, teacher)
+        distill(student, [stage], tokens, folder=out, teacher=other, report=report)
+        story = {**student.subquad_provenance, "trained_tokens": trained_tokens(student) + stage.steps * stage.batch * stage.context}
+        hub.save(student, folder / "student", tokenizer=tokenizer, provenance=story | {"versions": versions()})
+
+
+def evaluate_folder(name: Path, data: list[str], teacher: str | None, sets: list[str], report: Reporter) -> Rows:
+    """Measure the student in folder `name` on `data`, beside its teacher. `sets` choose tasks and settings instead of TASKS."""
+    tasks = validate(EvalTasks, apply_sets({}, sets) or TASKS).root
+    documents = load_documents(data)
+    student, tokenizer = open_student(name)
+    tokens = Tokens.from_documents(documents, tokenizer)
+    return evaluate(student, tokens, tasks, teacher=original_teacher(student, teacher), report=report)
+
+
+def open_student(name: Path) -> tuple[PreTrainedModel, Any]:
+    """(student, tokenizer) of a student folder."""
+    if not hub.is_student(name):
+        raise UserError(
+            f"{name} is no student folder. Make one: subquad linearize MODEL --out {name}, or subquad run RECIPE (then give DIR/student)."
+        )
+    return hub.load(name), AutoTokenizer.from_pretrained(name)
+
+
+def original_teacher(student: PreTrainedModel, name: str | None) -> PreTrainedModel:
+    """The model called `name`, or the one the student's provenance names."""
+    name = name or getattr(student, "subquad_provenance", {}).get("teacher")
+    if not name:
+        raise UserError("This student does not say what it was made from; name its teacher with --teacher.")
+    return load_teacher(name)[0].eval()
+
+
+def trained_tokens(student: PreTrainedModel) -> int:
+    return getattr(student, "subquad_provenance", {}).get("trained_tokens", 0)
+
+
+# ---- small parts -----------------------------------------------------------------------------------------------------------------------
+
+
+def untrained_window(teacher: PreTrainedModel, student: PreTrainedModel) -> PreTrainedModel:
+    """The row every table has: the teacher with the student's window and sinks in every converted layer, no exact heads, no training."""
+    of = student.subquad_plan
+    layers = [layer.index for layer in of.converted]
+    return linearize(twin(teacher), plan(teacher, mixer="window", window=of.window, sinks=of.sinks, layers=layers))
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A second set of modules around the same weights: converting it leaves `model` alone and costs no memory."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def as_tokens(data: Text, tokenizer: Any) -> Tokens:
+    if isinstance(data, Tokens):
+        return data
+    if tokenizer is None:
+        raise UserError("A data source needs tokenizer=... to become tokens.")
+    return Tokens.from_documents(load_documents(data), tokenizer)
+
+
+def with_cache_bytes(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The decode task measures state with linearize's ruler; evals does not import linearize, so it is handed over."""
+    return {name: {**settings, "cache_bytes": cache_bytes} if name == "decode" else settings for name, settings in tasks.items()}
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with."""
+    return {"subquad": subquad.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,169 @@
+"""A user's mistakes, one row each: one clear message on standard error, exit code 2, no traceback, nothing half-written."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import save_teacher, tiny_model, tiny_recipe, tiny_tokenizer, write_recipe
+from typer.testing import CliRunner
+
+from subquad.cli import app
+
+
+class Place:
+    """A folder with a teacher, a text and a recipe, and `out` that a refused command must not create."""
+
+    def __init__(self, folder: Path, teacher: Path, text: Path):
+        self.folder, self.teacher, self.text, self.out = folder, teacher, text, folder / "out"
+
+    def recipe(self, **changes) -> list:
+        return ["run", write_recipe(self.folder / "mine.yaml", tiny_recipe(self.teacher, self.text, **changes)), "--out", self.out]
+
+    def copy_of_teacher(self) -> Path:
+        return Path(shutil.copytree(self.teacher, self.folder / "copy"))
+
+
+@pytest.fixture
+def place(tmp_path, teacher_folder, text_file):
+    return Place(tmp_path, teacher_folder, text_file)
+
+
+def call(words) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def unsupported(place):
+    """bloom computes attention in its own way, past the interface."""
+    folder = place.folder / "bloom"
+    tiny_model("bloom", n_layer=2, n_head=4).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def corrupt(place):
+    """A weights file cut off in the middle."""
+    folder = place.copy_of_teacher()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    return folder
+
+
+def corrupt_student(place):
+    folder = place.folder / "student"
+    assert call(["linearize", place.teacher, "--window", 8, "--out", folder])[0] == 0
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    return folder
+
+
+def used(place):
+    place.out.mkdir()
+    (place.out / "thesis.tex").write_text("years of work")
+    return place.out
+
+
+# what -> (command, words the message must hold)
+MISTAKES = {
+    "unknown recipe": (lambda p: ["run", "quikstart", "--out", p.out], ["Did you mean 'quickstart'"]),
+    "missing recipe file": (lambda p: ["run", p.folder / "no.yaml", "--out", p.out], ["no.yaml"]),
+    "unknown recipe key": (lambda p: p.recipe(tacher="x"), ["tacher", "Did you mean 'teacher'"]),
+    "unknown key by --set": (lambda p: [*p.recipe(), "--set", "plan.windw=3"], ["plan.windw", "Did you mean 'window'"]),
+    "unknown mixer": (lambda p: p.recipe(plan={"mixer": "windwo"}), ["'windwo'", "Did you mean 'window'"]),
+    "unknown mixer in plan": (lambda p: ["plan", p.teacher, "--mixer", "glaa"], ["'glaa'", "Did you mean 'gla'"]),
+    "unknown eval": (lambda p: p.recipe(evals={"perplexiti": {}}), ["'perplexiti'", "Did you mean 'perplexity'"]),
+    "impossible budget": (lambda p: p.recipe(budget={"kv_bytes": 0.001, "at": 64}), ["budget", "%"]),
+    "budget no list keeps": (
+        lambda p: p.recipe(select={"method": "list", "heads": [0, 1]}, budget={"kv_bytes": 0.1, "at": 1024}),
+        ["budget"],
+    ),
+    "missing data file": (lambda p: p.recipe(data={"train": "no/such/novel.txt"}), ["no/such/novel.txt"]),
+    "too little text": (lambda p: p.recipe(data={"train": str(tiny_text(p))}), ["tokens"]),
+    "missing teacher": (lambda p: p.recipe(teacher=str(p.folder / "nowhere")), ["nowhere"]),
+    "missing model": (lambda p: ["plan", p.folder / "nowhere"], ["nowhere"]),
+    "missing gguf": (lambda p: ["plan", p.folder / "no.gguf"], ["no.gguf"]),
+    "unsupported model": (lambda p: p.recipe(teacher=str(unsupported(p))), ["bloom", "attention interface"]),
+    "unsupported model in plan": (lambda p: ["plan", unsupported(p)], ["bloom", "attention interface"]),
+    "corrupt teacher": (lambda p: ["linearize", corrupt(p), "--out", p.out], ["safetensors"]),
+    "corrupt teacher in run": (lambda p: p.recipe(teacher=str(corrupt(p))), ["safetensors"]),
+    "corrupt student": (lambda p: ["chat", corrupt_student(p), "--prompt", "a"], ["safetensors"]),
+    "student is no teacher": (lambda p: ["plan", student(p)], ["student"]),
+    "no student": (lambda p: ["eval", p.teacher, "--data", p.text], ["no student folder"]),
+    "no such head": (lambda p: ["plan", p.teacher, "--exact", "0:7"], ["0..1", "7"]),
+    "no such layer": (lambda p: ["plan", p.teacher, "--exact", "9"], ["9", "0..2"]),
+}  # fmt: skip
+
+
+def tiny_text(place):
+    path = place.folder / "short.txt"
+    path.write_text("too short")
+    return path
+
+
+def student(place):
+    assert call(["linearize", place.teacher, "--window", 8, "--out", place.folder / "student"])[0] == 0
+    return place.folder / "student"
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_mistake(place, what):
+    command, expected = MISTAKES[what]
+    code, stdout, stderr = call(command(place))
+    assert code == 2, stdout + stderr
+    assert all(word in stderr for word in expected), stderr
+    assert "Traceback" not in stderr and len(stderr.strip().splitlines()) <= 3, stderr
+    assert not place.out.exists(), f"left behind: {[entry.name for entry in place.out.iterdir()]}"
+
+
+@pytest.mark.parametrize("verb", ["run", "linearize"])
+def test_output_folder_in_use(place, verb):
+    words = place.recipe() if verb == "run" else ["linearize", place.teacher, "--window", 8, "--out", place.out]
+    code, _, stderr = call([*words[:-1], used(place)])
+    assert code == 2 and "--overwrite" in stderr
+    assert [entry.name for entry in place.out.iterdir()] == ["thesis.tex"]
+
+
+def test_all_problems_at_once(place):
+    code, _, stderr = call(p := place.recipe(tacher="x", plan={"mixer": "windwo", "window": 0}))
+    assert code == 2 and p and len(stderr.strip().splitlines()) == 3
+
+
+@pytest.mark.parametrize("verb", ["run", "linearize"])
+def test_full_disk(place, verb):
+    """A file-size limit makes the system refuse large files, as a full disk does. Nothing half-written may stay."""
+    words = place.recipe() if verb == "run" else ["linearize", place.teacher, "--window", 8, "--out", place.out]
+    script = f"import sys; sys.argv = ['subquad', *{[str(word) for word in words]!r}]; from subquad.cli import main; main()"
+    limit = 150_000  # bytes; the student has 400,000
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr and ("space" in result.stderr or "large" in result.stderr), result.stderr
+    assert not (place.out / "student").exists()
+    assert not [path for path in place.out.rglob("*") if "tmp" in path.name or "partial" in path.name]
+
+
+def test_interrupted_recipe_is_json(place):
+    """--json keeps standard output clean, also when the command fails."""
+    code, stdout, stderr = call([*place.recipe(tacher="x"), "--json"])
+    assert code == 2 and stdout == "" and "tacher" in stderr
+
+
+def test_json_of_a_good_plan(place):
+    code, stdout, _ = call(["plan", place.teacher, "--json"])
+    assert code == 0 and json.loads(stdout)["mixer"] == "window"
+
+
+def test_teacher_helper_is_what_the_table_assumes(tmp_path):
+    assert (save_teacher(tmp_path / "t") / "model.safetensors").stat().st_size > 200_000
