@@ -89,11 +89,15 @@ def command(on: typer.Typer, name: str | None = None) -> Callable:
     return register
 
 
+@functools.cache
 def quiet() -> None:
-    """One voice on the terminal: ours. Libraries keep their warnings, not their progress bars."""
+    """Libraries keep their warnings, not their bars for every loaded tensor; in a file or a pipe, no bars of theirs at all."""
+    from tqdm import tqdm
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
 def show(value: Any) -> None:

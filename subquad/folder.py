@@ -54,20 +54,29 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise UserError(f"{self.path} is in use by another run that is still going. Wait for it, or choose another --out.") from None
         if self.overwrite:
             for name in ENTRIES:
                 remove(self / name)
-        write_text(self / "recipe.yaml", self.recipe_text)
+        try:
+            write_text(self / "recipe.yaml", self.recipe_text)
+        except OSError:
+            self._leave()
+            raise
         return self
 
     def __exit__(self, kind, *_) -> None:
         if not MAIN:
             return
-        if kind is not None and issubclass(kind, UserError) and _visible(self.path) == ["recipe.yaml"]:
+        if kind is not None and issubclass(kind, UserError | OSError) and _visible(self.path) == ["recipe.yaml"]:
             remove(self / "recipe.yaml")  # refused before any work was done: leave no trace
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let go of the lock, and of the folder if nothing is in it."""
+        if not _visible(self.path):
             remove(self / _LOCK)
-            self._lock.close()
             if not any(self.path.iterdir()):
                 self.path.rmdir()
         self._lock.close()

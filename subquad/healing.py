@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -44,7 +45,7 @@ def heal(
     trained = 0
     for position, stage in enumerate(stages):
         if live is None and needs_live_teacher(stages, position):
-            live = open_teacher()
+            live = open_teacher().to(PartialState().device)  # where the loop moves the student
         trained += heal_stage(
             student, stage, tokens, teacher=live, folder=folder / stage.name, log=log, seed=seed + position, report=report
         )

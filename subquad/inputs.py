@@ -1,5 +1,6 @@
 """What a run reads: the teacher, its tokenizer, and the text."""
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,8 +34,14 @@ class Teacher:
 
     def fresh(self) -> PreTrainedModel:
         """A teacher nobody else holds, in eval mode."""
-        model, _ = load_teacher(self.recipe.teacher, dtype=self.recipe.dtype, revision=self.recipe.revision)
-        return shrink_model(model) if self.smoke else model
+        return copy.deepcopy(self._small) if self.smoke else self._open()
+
+    @cached_property
+    def _small(self) -> PreTrainedModel:
+        return shrink_model(self._open())
+
+    def _open(self) -> PreTrainedModel:
+        return load_teacher(self.recipe.teacher, dtype=self.recipe.dtype, revision=self.recipe.revision)[0]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from subquad.folder import MAIN
+
 Tick = Callable[..., None]  # tick(done, loss=..., ...)
+WIDTH = 140  # of tables in a file or a pipe; rich assumes 80 there and folds them
 SECONDS_BETWEEN_LINES = 15.0  # a 10-minute stage is then 40 lines of a CI log
 
 
@@ -15,7 +18,9 @@ class Reporter:
     """Everything a run prints goes through one of these. `stderr=True` keeps standard output free for --json."""
 
     def __init__(self, console: Console | None = None, stderr: bool = False):
-        self.console = console or Console(stderr=stderr, highlight=False)
+        self.console = console or Console(stderr=stderr, highlight=False, quiet=not MAIN)
+        if console is None and not self.console.is_terminal:
+            self.console.width = WIDTH
 
     def heading(self, text: str) -> None:
         self.console.print(f"\n[bold]{text}[/bold]")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from subquad.distill.data import Tokens
 from subquad.distill.log import JsonLog
 from subquad.evals import table
-from subquad.folder import RunFolder
+from subquad.folder import MAIN, RunFolder
 from subquad.healing import heal
 from subquad.inputs import Teacher, Text, read_documents
 from subquad.linearize import Plan, hub, linearize
@@ -23,7 +23,7 @@ from subquad.recipe import Recipe, load_recipe
 from subquad.selection import choose_heads, train_gates
 from subquad.smoke import shrink_recipe
 from subquad.talk import answer
-from subquad.verbs import Rows, evaluate, versions
+from subquad.verbs import Rows, check_tasks, evaluate, versions
 
 
 def run(recipe: Recipe | str, out: str | Path, *, overwrite: bool = False, smoke: bool = False, report: Reporter | None = None) -> Rows:
@@ -44,6 +44,7 @@ def run(recipe: Recipe | str, out: str | Path, *, overwrite: bool = False, smoke
     with folder:
         log = JsonLog(folder / "log.jsonl")
         text = Text(Tokens.from_documents(train, teacher.tokenizer), Tokens.from_documents(held_out, teacher.tokenizer))
+        check_tasks(recipe.evals.root, text.held_out)
         what = make_plan(recipe, teacher, text.train, folder, log, report)
         what.render(report.console)
         student = make_student(recipe, teacher, what, text, folder, log, report)
@@ -93,7 +94,8 @@ def make_student(
         seed=recipe.seed,
         report=report,
     )
-    hub.save(student, folder / "student", tokenizer=teacher.tokenizer, provenance=provenance(recipe, text, trained))
+    if MAIN:
+        hub.save(student, folder / "student", tokenizer=teacher.tokenizer, provenance=provenance(recipe, text, trained))
     return student
 
 

@@ -116,6 +116,6 @@ def gates_objective(model: PreTrainedModel, gates: dict[int, Parameter], price: 
         backward(price * cost)
         with gated(model, gates):
             numbers = kl(batch_BT, backward)
-        return {**numbers, "open": float(cost)}
+        return {**numbers, "open": cost.item()}
 
     return objective

@@ -12,7 +12,7 @@ LAYERS = 2
 CHARACTERS = 200_000  # of text, enough for every capped setting below
 # Upper bounds by key, wherever the key stands in select, stages, evals and sample. Tokens, except windows, samples, batch (counts).
 CAPS = {
-    "tokens": 512,
+    "tokens": 384,
     "context": 128,
     "length": 64,
     "contexts": 256,

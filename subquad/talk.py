@@ -1,6 +1,7 @@
 """Talk to a student or a teacher on the terminal."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def typed():
 
 def open_any(name: str) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a student folder or of whatever can be a teacher."""
-    return (hub.load(name), AutoTokenizer.from_pretrained(name)) if hub.is_student(name) else load_teacher(name)
+    if Path(name).is_dir() and hub.is_student(name):
+        return hub.load(name), AutoTokenizer.from_pretrained(name)
+    return load_teacher(name)
 
 
 @torch.inference_mode()

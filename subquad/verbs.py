@@ -1,8 +1,7 @@
 """The toolkit's verbs one at a time, from Python and for the command line: convert, distill, evaluate. `run.py` joins them into a story."""
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,26 @@ import subquad
 from subquad.distill.data import Tokens, load_documents
 from subquad.distill.log import JsonLog
 from subquad.distill.stage import Stage
-from subquad.errors import UserError
+from subquad.errors import UserError, raise_all
+from subquad.evals import TASKS
 from subquad.evals import evaluate as run_tasks
+from subquad.evals.fill import STOCK, auto
+from subquad.evals.models import loaded
 from subquad.folder import RunFolder
 from subquad.healing import heal
 from subquad.linearize import Plan, hub, linearize, plan, restore
-from subquad.linearize.state import cache_bytes
+from subquad.linearize.state import MixerState, cache_bytes
 from subquad.linearize.teacher import load_teacher
 from subquad.progress import Reporter
 from subquad.recipe import EvalTasks
+from subquad.registry import lookup
 from subquad.settings import apply_sets, validate
 
 Rows = list[dict[str, Any]]  # model, metric, setting, value, ratio (to the teacher)
 Text = Tokens | str | list[str]  # token ids, or a data source (distill/data.py)
 
 STAGE = {"name": "kl", "train": "attention", "inputs": "own", "losses": {"kl": 1.0}, "tokens": 100_000, "context": 512, "lr": 1e-4}
-TASKS = {"perplexity": {}, "agreement": {}, "repeat": {}}
+DEFAULT_TASKS = {"perplexity": {}, "agreement": {}, "repeat": {}}
 
 
 def evaluate(
@@ -47,13 +50,23 @@ def evaluate(
     tasks: {name: settings}, names as in subquad.evals.TASKS. Without a teacher the student stands alone.
     """
     report, tokens = report or Reporter(), as_tokens(data, tokenizer)
-    models: dict[str, Callable[[], AbstractContextManager[PreTrainedModel]]] = {}
+    models = {"student": student}
     if teacher is not None:
-        window = untrained_window(teacher, student)
-        models = {"teacher": lambda: nullcontext(teacher), "window": lambda: nullcontext(window)}
-    models["student"] = lambda: nullcontext(student)
-    tasks = with_cache_bytes(validate(EvalTasks, TASKS if tasks is None else tasks).root)
-    return run_tasks(models, tokens.long(), tasks, report.line)
+        teacher = teacher.to(student.device)
+        models = {"teacher": teacher, "window": untrained_window(teacher, student), **models}
+    return run_tasks(loaded(**models), tokens.long(), with_state(check_tasks(tasks, tokens)), report.line)
+
+
+def check_tasks(tasks: dict[str, dict[str, Any]] | None, tokens: Tokens) -> dict[str, dict[str, Any]]:
+    """`tasks` (TASKS for None), if they can be run on so much text; every problem in one UserError. No model is needed."""
+    tasks, problems = validate(EvalTasks, DEFAULT_TASKS if tasks is None else tasks).root, []
+    for name, settings in with_state(tasks).items():
+        try:
+            lookup("eval task", name, TASKS)({}, tokens.long(), **settings)
+        except UserError as error:
+            problems += error.problems
+    raise_all(problems)
+    return tasks
 
 
 def distill(
@@ -115,11 +128,12 @@ def distill_folder(
 
 
 def evaluate_folder(name: Path, data: list[str], teacher: str | None, sets: list[str], report: Reporter) -> Rows:
-    """Measure the student in folder `name` on `data`, beside its teacher. `sets` choose tasks and settings instead of TASKS."""
-    tasks = validate(EvalTasks, apply_sets({}, sets) or TASKS).root
+    """Measure the student in folder `name` on `data`, beside its teacher. `sets` choose tasks and settings instead of DEFAULT_TASKS."""
+    tasks = apply_sets({}, sets) or None
     documents = load_documents(data)
     student, tokenizer = open_student(name)
     tokens = Tokens.from_documents(documents, tokenizer)
+    check_tasks(tasks, tokens)
     return evaluate(student, tokens, tasks, teacher=original_teacher(student, teacher), report=report)
 
 
@@ -148,9 +162,9 @@ def trained_tokens(student: PreTrainedModel) -> int:
 
 
 def untrained_window(teacher: PreTrainedModel, student: PreTrainedModel) -> PreTrainedModel:
-    """The row every table has: the teacher with the student's window and sinks in every converted layer, no exact heads, no training."""
+    """The row every table has: the student's window and sinks in every layer its plan chose from, no exact heads, no training."""
     of = student.subquad_plan
-    layers = [layer.index for layer in of.converted]
+    layers = [layer.index for layer in of.layers if layer.mixer is not None or layer.why == "kept exact"]
     return linearize(twin(teacher), plan(teacher, mixer="window", window=of.window, sinks=of.sinks, layers=layers))
 
 
@@ -167,9 +181,19 @@ def as_tokens(data: Text, tokenizer: Any) -> Tokens:
     return Tokens.from_documents(load_documents(data), tokenizer)
 
 
-def with_cache_bytes(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The decode task measures state with linearize's ruler; evals does not import linearize, so it is handed over."""
-    return {name: {**settings, "cache_bytes": cache_bytes} if name == "decode" else settings for name, settings in tasks.items()}
+def with_state(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The decode task with what it must know of converted layers; evals does not import linearize, so it is handed over."""
+    handed = {"cache_bytes": cache_bytes, "fill": partial(auto, extend={**STOCK, MixerState: lengthen})}
+    return {name: {**handed, **settings} if name == "decode" else settings for name, settings in tasks.items()}
+
+
+def lengthen(layer: MixerState, tokens: int) -> None:
+    """Bring a converted layer that has filled its window to where `tokens` more would: only exact heads grow, by what they hold."""
+    if layer.keys is not None:
+        places = torch.arange(tokens, device=layer.keys.device) % layer.keys.shape[2]
+        layer.extend_exact(layer.keys[:, :, places], layer.values[:, :, places])
+    layer.length, layer.fewest = layer.length + tokens, layer.fewest + tokens
+    layer.seen_B = None if layer.seen_B is None else layer.seen_B + tokens
 
 
 def versions() -> dict[str, str]:

@@ -51,7 +51,7 @@ def words(count: int, seed: int = 0) -> str:
     return " ".join(known[i] for i in torch.randint(len(known), (count,), generator=generator).tolist())
 
 
-def tiny_recipe(teacher: Path, text: Path, **changes: Any) -> dict[str, Any]:
+def tiny_recipe(teacher: Path, text: Path, /, **changes: Any) -> dict[str, Any]:
     """A recipe that runs from selection to sample in a few seconds."""
     stage = {"name": "heal", "train": "attention", "inputs": "own", "losses": {"kl": 1.0}, "tokens": 256, "context": 32, "lr": 1e-3}
     recipe = {

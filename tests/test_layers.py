@@ -21,7 +21,8 @@ BELOW = {
 }
 PARTS = {"linearize", "distill", "evals"}
 BELOW["recipe"] = PARTS
-BELOW["folder"] = BELOW["progress"] = set()
+BELOW["folder"] = set()
+BELOW["progress"] = {"folder"}
 BELOW["smoke"] = {"recipe"}
 BELOW["inputs"] = {"recipe", "smoke"} | PARTS
 BELOW["healing"] = {"progress"} | PARTS
@@ -72,3 +73,9 @@ def test_kernels_know_tensors_only():
     for path in FILES:
         if part_of(path) == "kernels":
             assert "import transformers" not in (text := path.read_text(encoding="utf-8")) and "from transformers" not in text
+
+
+def test_readme_prints_every_file():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    tree = readme[readme.index("## The tree") :]
+    assert not [str(path.relative_to(PACKAGE)) for path in FILES if path.name != "__init__.py" and path.name not in tree]

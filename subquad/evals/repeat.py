@@ -34,10 +34,14 @@ def repeat(models: Models, tokens: Tensor, *, length: int | Sequence[int] = 512,
         with measuring(opener) as model:
             for size in lengths:
                 nll = torch.cat([token_nll(model, torch.cat([passage, passage]), first=size + 1) for passage in passages[size]])
-                rows.append(row(name, "repeat_perplexity", f"{size} + {size} tokens, {samples} samples, seed {seed}", exp_mean(nll)))
+                rows.append(row(name, "repeat_perplexity", _setting(size, samples, seed), exp_mean(nll)))
     return rows
 
 
 def _passages(tokens: Tensor, length: int, samples: int, seed: int) -> list[Tensor]:
     starts = torch.randint(len(tokens) - length + 1, (samples,), generator=torch.Generator().manual_seed(seed))
     return [tokens[start : start + length] for start in starts.tolist()]
+
+
+def _setting(length: int, samples: int, seed: int) -> str:
+    return f"{length} + {length} tokens, {samples} sample{'s' * (samples != 1)}, seed {seed}"

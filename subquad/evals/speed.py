@@ -35,7 +35,7 @@ def decode(
 
     cache_bytes: measures a transformers Cache. new_tokens: timed steps. fill: 'auto' (stock layers are extended without running the model),
     'prefill' (every token really runs; quadratic for a softmax teacher), or a function, see fill.py. tokens: [N] ids to feed, repeated as
-    often as needed. All models' caches of one length are in memory together. torch's thread count is used as it is and stated in the setting.
+    often as needed. All models' caches of one length are in memory together. torch's thread count is used as it is; the setting names it.
     """
     lengths = wholes("decode.contexts", contexts, least=1)
     whole("decode.new_tokens", new_tokens, least=1)

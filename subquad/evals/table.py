@@ -24,7 +24,7 @@ def build(rows: list[Row]) -> Table:
     table.add_column("metric")
     table.add_column("setting")
     for model in models:
-        table.add_column(model, justify="right")
+        table.add_column(model, justify="right", no_wrap=True)  # numbers stay whole, words wrap
     before = None
     for metric, setting in lines:
         title = METRICS[metric].title + (" ↓" if METRICS[metric].better == "lower" else " ↑")

@@ -129,6 +129,8 @@ def _refusal(f: Found, mixer: str, kept: tuple[int, ...]) -> str:
     refused = [a for a in f.arguments if a in REFUSED]
     if refused:
         return f"its attention takes {', '.join(refused)}, which a mixer cannot honour ({', '.join(sorted(HONOURED | HARMLESS))} are fine). Keep it exact."
+    if f.problem:
+        return f.problem
     if not f.causal:
         return "its attention is not causal; only causal attention is converted."
     if f.query_heads % f.kv_heads:

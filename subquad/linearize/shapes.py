@@ -9,6 +9,7 @@ Key: B batch, T tokens, H query heads, G key/value heads, K key size, V value si
 
 import copy
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from subquad.errors import UserError
 PROBE = "subquad_probe"
 TOKENS = 2
 _seen: list = []
+_inputs: dict[type, tuple] = {}  # class of attention module -> (args, kwargs) of its latest call
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,14 @@ class Found:
     kind: str  # the config's layer type; full_attention when it says nothing
     causal: bool
     arguments: tuple[str, ...]  # what else arrives at the seam with a value
+    problem: str = ""  # why no mixer can stand here, whatever its kind
 
 
 def _record(module, query, key, value, attention_mask=None, **kwargs):
-    _seen.append((module, query.shape, key.shape, value.shape, {k: v for k, v in kwargs.items() if v is not None}))
+    args, named = _inputs[type(module)]
+    given = any(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (*args, *named.values()))
+    own_mask = isinstance(attention_mask, torch.Tensor) and not given
+    _seen.append((module, query.shape, key.shape, value.shape, {k: v for k, v in kwargs.items() if v is not None}, own_mask))
     B, H, T, _ = query.shape
     return value.new_zeros(B, T, H, value.shape[-1]), None
 
@@ -58,6 +64,8 @@ class _AnswerAnything(TorchDispatchMode):
             return False if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.nonzero.default and args[0].device.type == "meta":
             return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
+        if func is torch.ops.aten._grouped_mm.default:  # its meta version knows bfloat16 only (torch 2.13)
+            return args[0].new_empty((args[0].shape[0], args[1].shape[-1]))
         return func(*args, **(kwargs or {}))
 
 
@@ -80,24 +88,26 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
     except ValueError as error:
         raise UserError(f"No causal language model is known for model type {config.model_type!r}: {str(error).splitlines()[0]}") from error
     candidates = {m: name for name, m in model.named_modules() if _is_candidate(m)}
-    calls: dict[type, tuple] = {}
-    handles = [m.register_forward_pre_hook(lambda m, a, k: calls.__setitem__(type(m), (a, k)), with_kwargs=True) for m in candidates]
+    handles = [m.register_forward_pre_hook(lambda m, a, k: _inputs.__setitem__(type(m), (a, k)), with_kwargs=True) for m in candidates]
     for module in candidates:
         module.config = copy.copy(module.config)
         module.config.__dict__["_attn_implementation_internal"] = PROBE
     _seen.clear()
+    _inputs.clear()
     with torch.no_grad(), _AnswerAnything():
         failure = _run(lambda: model(input_ids=torch.ones(1, TOKENS, dtype=torch.long, device="meta"), use_cache=False))
         reached = {entry[0] for entry in _seen}
         for handle in handles:
             handle.remove()
         for module in candidates:  # what stopped the model was not attention: call the rest as their likes were called
-            if failure is not None and module not in reached and type(module) in calls:
-                args, kwargs = calls[type(module)]
+            if failure is not None and module not in reached and type(module) in _inputs:
+                args, kwargs = _inputs[type(module)]
                 _run(lambda module=module, args=args, kwargs=kwargs: module(*args, **kwargs))
     entries = {entry[0]: entry for entry in _seen}
-    found = [_found(candidates[m], m, *entry[1:], config) for m, entry in entries.items()]
+    problems = _problems()
+    found = [_found(candidates[m], m, *entry[1:5], config, problems.get(m, "")) for m, entry in entries.items()]
     _seen.clear()
+    _inputs.clear()
     if not found:
         detail = f" (while looking: {type(failure).__name__}: {str(failure).splitlines()[0]})" if failure else ""
         raise UserError(
@@ -119,7 +129,20 @@ def _run(call) -> Exception | None:
     return None
 
 
-def _found(name, module, q, k, v, arguments, config) -> Found:
+def _problems() -> dict[nn.Module, str]:
+    """Recorded modules that no mixer can take the place of, and why."""
+    calls = Counter(entry[0] for entry in _seen)
+    layers = Counter(module.layer_idx for module in calls)
+    problems = {}
+    for module, *_, own_mask in _seen:
+        if calls[module] > 1 or module.layer_idx < 0 or layers[module.layer_idx] > 1:
+            problems[module] = "it attends more than once per token (shared between layers, or two softmaxes), and a mixer has one state. Keep it exact."
+        elif own_mask:
+            problems[module] = "it makes an attention mask of its own out of what it computes, which a recurrent state cannot honour. Keep it exact."
+    return problems
+
+
+def _found(name, module, q, k, v, arguments, config, problem) -> Found:
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     kind = kinds[module.layer_idx] if module.layer_idx < len(kinds) else "full_attention"
     return Found(
@@ -134,6 +157,7 @@ def _found(name, module, q, k, v, arguments, config) -> Found:
         kind=kind,
         causal=bool(getattr(module, "is_causal", True)),
         arguments=tuple(sorted(arguments)),
+        problem=problem,
     )
 
 

@@ -34,8 +34,8 @@ def _mix(model, index, attention):
         if model.on_layer is None:
             return (exact * attention.mixer,)
         with torch.enable_grad():
-            mixed = exact.detach() * attention.mixer
-        model.on_layer(index, mixed.unflatten(-1, (HEADS, -1)), exact.unflatten(-1, (HEADS, -1)), None)
+            mixed = (exact.detach() * attention.mixer).unflatten(-1, (HEADS, -1))
+        model.on_layer(index, mixed, exact.unflatten(-1, (HEADS, -1)), None)
         return None
 
     return hook
@@ -76,14 +76,5 @@ def text(count=2000, seed=0):
 
 
 def stage(**changes):
-    plain = {
-        "name": "heal",
-        "train": "mixers",
-        "inputs": "own",
-        "losses": {"kl": 1.0},
-        "tokens": 320,
-        "context": 16,
-        "batch": 2,
-        "lr": 0.02,
-    }
-    return Stage(**plain | changes)
+    plain = {"name": "heal", "train": "mixers", "inputs": "own", "losses": {"kl": 1.0}, "tokens": 320, "lr": 0.02}
+    return Stage(**plain | {"context": 16, "batch": 2} | changes)

@@ -55,7 +55,7 @@ def test_dataset(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert [document.text for document in load_documents("some/set:small:train:text")] == ["a", "b"]
-    with pytest.raises(UserError, match="no field 'body'. Fields: text"):
+    with pytest.raises(UserError, match=r"no field 'body'\. Fields: text"):
         load_documents("some/set:small:train:body")
 
 

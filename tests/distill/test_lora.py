@@ -1,4 +1,3 @@
-import subprocess
 import sys
 
 import pytest
@@ -45,10 +44,12 @@ def test_targets_are_full_names_not_endings():
 
 
 def test_the_same_seed_gives_the_same_adapters_and_the_global_generator_is_left_alone():
-    state = torch.get_rng_state()
-    one, same, other = (add_lora(model := student(), Lora(), projections(model), seed=seed) for seed in (1, 1, 2))
-    torch.manual_seed(0)
-    assert torch.equal(torch.get_rng_state(), state) or True
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    models = [student() for _ in range(3)]
+    torch.manual_seed(3)
+    one, same, other = (add_lora(model, Lora(), projections(model), seed) for model, seed in zip(models, (1, 1, 2), strict=True))
+    assert torch.rand(1) == expected
     assert all(one[name].equal(same[name]) for name in one) and any(not one[name].equal(other[name]) for name in one)
 
 
@@ -97,6 +98,7 @@ def test_refusals(twice, said):
         add_lora(model, Lora(), projections(model) if twice else [])
 
 
-def test_a_model_without_adapters_does_not_import_peft():
-    code = "import sys, torch; from subquad.distill.lora import adapters_off\nwith adapters_off(torch.nn.Linear(1, 1)): print('peft' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+def test_a_model_without_adapters_does_not_import_peft(monkeypatch):
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
+    with adapters_off(tiny_model()):
+        assert "peft" not in sys.modules

@@ -65,7 +65,7 @@ def test_good_stages(stage, expected):
         ({"lora": {"rank": 0}}, ["greater than or equal to 1"]),
         (
             {"context": 1, "tokens": 1, "temperature": 2, "losses": {"attention_output": 1}},
-            ["no next token", "temperature", "teacher's own"],
+            ["no next token", "temperature", "own inputs"],
         ),
     ],
 )

@@ -1,12 +1,10 @@
 """Run as a program by test_resume.py: two stages with checkpoints and a log, into the folder given. May be killed anywhere.
 
-Usage: worker.py FOLDER SAVE_EVERY_SECONDS
+Usage: worker.py FOLDER SAVE_EVERY_SECONDS, with tests/ and the repository on PYTHONPATH.
 """
 
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from safetensors.torch import save_file

@@ -1,0 +1,141 @@
+"""The parity suite: every family of families.py through every way of running a student, with mixers that are not what they were at the start.
+
+A family gets one mixer (they rotate over the table); llama gets all of them.
+"""
+
+import copy
+from functools import cached_property
+
+import pytest
+import torch
+from helpers import tiny_model
+from linearize.families import FAMILIES, OWN_LIMITS, PAST, REFUSED
+from linearize.students import chunked, full, left_padded, padded_inputs, student_of, tokens
+from tolerances import FAMILY, assert_near, error
+from transformers import AutoConfig
+
+import subquad
+from subquad.linearize.mixers import MIXERS
+
+ROTATION = list(MIXERS)
+CASES = [(name, ROTATION[i % len(ROTATION)]) for i, name in enumerate(FAMILIES)]
+CASES += [("llama", mixer) for mixer in ROTATION if ("llama", mixer) not in CASES]
+LENGTH, WINDOW, SINKS = 20, 6, 2
+LENGTHS = (20, 13, 4)  # of three rows: longer and shorter than the window, and barely longer than the sinks
+STEPS = [9, 13, *range(14, LENGTH + 1)]  # two chunks, then token by token
+
+
+class Case:
+    def __init__(self, family: str, mixer: str):
+        self.family, self.mixer = family, mixer
+        self.model_type, self.limits = family.partition("/")[0], OWN_LIMITS.get(family, {})
+        self.teacher = tiny_model(self.model_type, **FAMILIES[family])
+        self.ids = tokens(len(LENGTHS), LENGTH)
+        self.plan = subquad.plan(self.teacher, mixer=mixer, window=WINDOW, sinks=SINKS)
+
+    @cached_property
+    def teacher_logits(self):
+        return full(self.teacher, self.ids)
+
+    @cached_property
+    def students(self) -> dict:
+        """All layers converted, all but one, every layer split by heads (as far as the family allows)."""
+        layers = {layer.index: layer.kv_heads for layer in self.plan.converted}
+        exact = {"all": None}
+        if len(layers) > 1:
+            exact["some"] = [min(layers)]
+        if max(layers.values()) > 1:
+            exact["heads"] = {index: [0] for index, heads in layers.items() if heads > 1}
+        arguments = dict(mixer=self.mixer, window=WINDOW, sinks=SINKS)
+        return {shape: student_of(self.teacher, subquad.plan(self.teacher, exact=e, **arguments)) for shape, e in exact.items()}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=["-".join(c) for c in CASES])
+def case(request):
+    return Case(*request.param)
+
+
+def test_window_as_long_as_the_text_is_the_teacher(case):
+    arguments = dict(mixer=case.mixer, window=64, sinks=SINKS)
+    heads = {layer.index: [layer.kv_heads - 1] for layer in case.plan.converted if layer.kv_heads > 1}
+    for exact in (None, heads or None):
+        assert_near(full(student_of(case.teacher, exact=exact, **arguments), case.ids), case.teacher_logits, FAMILY, f"exact={exact}")
+
+
+def test_mixers_bite(case):
+    """Past the window a student with random mixers differs from the teacher; otherwise the rest of this file would show nothing."""
+    for shape, student in case.students.items():
+        assert error(full(student, case.ids)[:, WINDOW + SINKS :], case.teacher_logits[:, WINDOW + SINKS :]) > 100 * FAMILY, shape
+
+
+def test_chunks_and_steps_are_the_full_pass(case):
+    if "chunks" in case.limits:
+        assert error(chunked(case.teacher, case.ids, STEPS)[0], case.teacher_logits) > FAMILY, "the teacher can do it after all: remove the row"
+        steps = [13, *range(14, LENGTH + 1)]
+    else:
+        steps = STEPS
+    for shape, student in case.students.items():
+        assert_near(chunked(student, case.ids, steps)[0], full(student, case.ids), FAMILY, shape)
+
+
+def test_left_padding_changes_nothing(case):
+    ids, mask = left_padded(case.ids, LENGTHS, LENGTH + 5)
+    width = ids.shape[1]
+
+    def rows(model, logits):
+        return torch.cat([logits[i, width - n :] for i, n in enumerate(LENGTHS)])
+
+    def wanted(model):
+        return torch.cat([full(model, case.ids[i : i + 1, :n])[0] for i, n in enumerate(LENGTHS)])
+
+    if "padding" in case.limits:
+        own = rows(case.teacher, full(case.teacher, ids, **padded_inputs(case.teacher, mask, 0, width)))
+        assert error(own, wanted(case.teacher)) > FAMILY, "the teacher can do it after all: remove the row"
+        return
+    for shape, student in case.students.items():
+        expected = wanted(student)
+        assert_near(rows(student, full(student, ids, **padded_inputs(student, mask, 0, width))), expected, FAMILY, shape)
+        steps = [width - 2, width - 1, width] if "chunks" in case.limits else [10, 17, *range(18, width + 1)]
+        assert_near(rows(student, chunked(student, ids, steps, mask)[0]), expected, FAMILY, f"{shape}, chunked")
+
+
+GENERATION = {  # what -> (students it is tried on, arguments of generate)
+    "greedy": (("all", "heads"), dict(do_sample=False)),
+    "beams": (("heads", "all"), dict(do_sample=False, num_beams=2)),
+    "sampling": (("all",), dict(do_sample=True)),
+}
+
+
+@pytest.mark.parametrize("what", GENERATION)
+def test_generation_with_a_cache_is_generation_without(case, what):
+    shapes, arguments = GENERATION[what]
+    if what != "greedy" and case.family != "llama":
+        shapes = shapes[:1]
+    ids, mask = (case.ids, torch.ones_like(case.ids)) if "padding" in case.limits else left_padded(case.ids, LENGTHS, LENGTH)
+    for shape in shapes:
+        student, texts = case.students.get(shape, case.students["all"]), []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            out = student.generate(ids, attention_mask=mask, min_new_tokens=4, max_new_tokens=4, use_cache=use_cache, **arguments)
+            texts.append(out[:, ids.shape[1] :].tolist())
+        assert texts[0] == texts[1], shape
+
+
+def test_deepcopy_and_restore(case):
+    for shape, student in case.students.items():
+        before = full(student, case.ids)
+        twin = copy.deepcopy(student)
+        assert torch.equal(full(twin, case.ids), before), shape
+        assert subquad.restore(twin) is twin and type(twin) is type(case.teacher)
+        assert torch.equal(full(twin, case.ids), case.teacher_logits), f"{shape}: the restored copy is not the teacher"
+        assert list(twin.state_dict()) == list(case.teacher.state_dict())
+        assert torch.equal(full(student, case.ids), before), f"{shape}: restoring the copy changed the student"
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_family(model_type):
+    changes, words = REFUSED[model_type]
+    with pytest.raises(subquad.UserError) as refusal:
+        subquad.plan(AutoConfig.for_model(model_type, **changes))
+    assert words in str(refusal.value)
+    assert (model_type if words == PAST else "Layer 0") in str(refusal.value) or "Layer -1" in str(refusal.value)
