@@ -3,6 +3,7 @@
 import errno
 import functools
 import json as json_text
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,9 +69,8 @@ def stop(problems: list[str] | tuple[str, ...], code: int = 2) -> None:
 
 
 def again() -> str:
-    import shlex
-
-    return shlex.join(["subquad", *sys.argv[1:]])
+    """The command that goes on: the one given, without what would delete the work so far."""
+    return shlex.join(["subquad", *(word for word in sys.argv[1:] if word != "--overwrite")])
 
 
 def command(on: typer.Typer, name: str | None = None) -> Callable:

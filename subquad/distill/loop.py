@@ -75,6 +75,8 @@ def run_stage(
         state, weights = checkpoint.load(done, "model")
         _same_run(state, mark, folder)
         _put(parameters, weights)
+        if accelerator.is_main_process:
+            checkpoint.prune(folder, keep=0)  # a kill may have come between `done` and this
         return StageResult(stage.name, state["step"], state["tokens"], state["losses"], state["seconds"], skipped=True)
 
     model.to(accelerator.device)

@@ -64,7 +64,8 @@ def additive_chunk(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: T
         before, state = running[:, :, :-1], running[:, :, -1]
         out = weights @ v.unsqueeze(3) + q @ before.unsqueeze(3)
     else:
-        log = _chunks(log_decay.float().clamp_min(MIN_LOG_DECAY), C)  # [B, G, N, C] or [B, G, N, C, F]
+        log = log_decay.float().clamp_min(MIN_LOG_DECAY) if vector else log_decay.float()
+        log = _chunks(log, C)  # [B, G, N, C] or [B, G, N, C, F]
         c = log.cumsum(3)
         last = c[:, :, :, -1:]
         if vector:

@@ -50,6 +50,11 @@ def save(
         raise UserError("This model has no converted layers, so there is no student to save: call subquad.linearize(model, plan) first.")
     if provenance is not None:
         model.subquad_provenance = provenance
+    adapters = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    if adapters:
+        raise UserError(f"This model still has adapters (for example {adapters[0]}): merge them first (subquad.distill.lora.merge_lora, or peft's merge_and_unload).")
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a save that was killed
+        shutil.rmtree(left, ignore_errors=True)
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         building.mkdir(parents=True)
@@ -106,6 +111,10 @@ def _is_disk(error: Exception) -> bool:
 
 
 def _sync(folder: Path) -> None:
+    """Everything on the disk, and readable like any other file (safetensors writes 0600)."""
+    mask = os.umask(0)
+    os.umask(mask)
     for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
         with open(path, "rb") as file:
             os.fsync(file.fileno())

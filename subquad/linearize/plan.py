@@ -3,6 +3,7 @@
 Key: G key/value heads, R query heads per key/value head, K key size, V value size, W window, N sinks.
 """
 
+import importlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -97,6 +98,14 @@ class Plan:
         with torch.device("meta"):
             mixers = [build(layer.mixer, layer.soft_shape, layer.window, layer.sinks, self.options) for layer in self.converted]
         return sum(p.numel() for m in mixers for p in m.parameters())
+
+    def render(self, console) -> None:
+        """Print the plan as tables on a rich console."""
+        importlib.import_module("subquad.linearize.plan_table").render(self, console)
+
+    def summary(self) -> dict[str, Any]:
+        """What `render` prints, as JSON values."""
+        return importlib.import_module("subquad.linearize.plan_table").summary(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives an equal plan back."""

@@ -137,6 +137,11 @@ def _check(seam: LayerSeam, kwargs: dict) -> None:
         name for name in given
         if name not in HONOURED | HARMLESS | REFUSED and isinstance(kwargs[name], Tensor) and kwargs[name].is_floating_point()
     ]  # fmt: skip
+    if kwargs.get("dropout") and seam.module.training:
+        raise UserError(
+            f"Layer {seam.index} ({type(seam.module).__name__}) trains with attention dropout {kwargs['dropout']:g}, which a mixer does not have: "
+            "set the config's attention dropout to 0 (or call model.eval()) before training a converted model."
+        )
     if problems:
         raise UserError(
             f"Layer {seam.index} ({type(seam.module).__name__}) passes {', '.join(problems)} to its attention. That changes the result and a mixer "

@@ -46,9 +46,10 @@ class Found:
 
 def _record(module, query, key, value, attention_mask=None, **kwargs):
     args, named = _inputs[type(module)]
-    given = any(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (*args, *named.values()))
-    own_mask = isinstance(attention_mask, torch.Tensor) and not given
-    _seen.append((module, query.shape, key.shape, value.shape, {k: v for k, v in kwargs.items() if v is not None}, own_mask))
+    given = [x.shape[1] for x in (*args, *named.values()) if isinstance(x, torch.Tensor) and x.dim() == 4]
+    own_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] not in given  # [B, 1, T, S] from the model, per head from the module
+    hidden = next((x.shape[-1] for x in (*args, *named.values()) if isinstance(x, torch.Tensor) and x.dim() == 3), 0)
+    _seen.append((module, hidden, query.shape, key.shape, value.shape, {k: v for k, v in kwargs.items() if v is not None}, own_mask))
     B, H, T, _ = query.shape
     return value.new_zeros(B, T, H, value.shape[-1]), None
 
@@ -105,7 +106,7 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
                 _run(lambda module=module, args=args, kwargs=kwargs: module(*args, **kwargs))
     entries = {entry[0]: entry for entry in _seen}
     problems = _problems()
-    found = [_found(candidates[m], m, *entry[1:5], config, problems.get(m, "")) for m, entry in entries.items()]
+    found = [_found(candidates[m], m, *entry[1:6], config, problems.get(m, "")) for m, entry in entries.items()]
     _seen.clear()
     _inputs.clear()
     if not found:
@@ -142,13 +143,13 @@ def _problems() -> dict[nn.Module, str]:
     return problems
 
 
-def _found(name, module, q, k, v, arguments, config, problem) -> Found:
+def _found(name, module, hidden, q, k, v, arguments, config, problem) -> Found:
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     kind = kinds[module.layer_idx] if module.layer_idx < len(kinds) else "full_attention"
     return Found(
         name=name,
         index=module.layer_idx,
-        hidden=_hidden_size(config),
+        hidden=hidden,
         query_heads=q[1],
         kv_heads=k[1],
         key=k[3],
@@ -159,7 +160,3 @@ def _found(name, module, q, k, v, arguments, config, problem) -> Found:
         arguments=tuple(sorted(arguments)),
         problem=problem,
     )
-
-
-def _hidden_size(config: PreTrainedConfig) -> int:
-    return config.get_text_config().hidden_size

@@ -33,7 +33,9 @@ def test_plain_heads_are_recognised_by_their_numbers(family, config, plain, dtyp
     assert not model.get_output_embeddings()._forward_pre_hooks
 
 
-@pytest.mark.parametrize(("family", "config"), [("llama", {}), ("gemma2", {"head_dim": 16}), ("phi", {})])
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gemma2", {"head_dim": 16}), ("phi", {})]
+)
 def test_logit_losses_equal_the_definition(family, config):
     """Through the head chunks where the head is plain, through whole logits where it is not."""
     model, teacher = tiny_model(family, seed=1, **config), tiny_model(family, seed=2, **config)

@@ -15,32 +15,33 @@ from subquad.distill.log import JsonLog, timeless
 WORKER = Path(__file__).with_name("worker.py")
 FINISHED = ["lora", "lora/done", "transfer", "transfer/done"]
 EVERY_STEP, NEVER = 0.0, 1e9
+TIMEOUT = 300  # seconds; a run takes five on a quiet machine
 
 
-def start(folder, every, launcher=()):
+def start(folder, every, launcher=(), pause=0.0):
     folder.mkdir(exist_ok=True)
     paths = os.pathsep.join(str(Path(__file__).parents[level]) for level in (1, 2))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher, str(WORKER), str(folder), str(every)]
+    command = [sys.executable, *launcher, str(WORKER), str(folder), str(every), str(pause)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(folder, every=NEVER, launcher=()):
     process = start(folder, every, launcher)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, output
     return output
 
 
 def send_when(folder, every, number, stage, step):
     """Start, wait for the log row of (stage, step), send the signal; what the process printed and its exit code."""
-    process, log = start(folder, every), JsonLog(folder / "log.jsonl")
-    deadline = time.monotonic() + 120
+    process, log = start(folder, every, pause=0.05), JsonLog(folder / "log.jsonl")
+    deadline = time.monotonic() + TIMEOUT
     while not any(row["stage"] == stage and row["step"] >= step for row in log.rows()):
         assert process.poll() is None and time.monotonic() < deadline, "the stage ended before the signal"
         time.sleep(0.002)
     process.send_signal(number)
-    return process.communicate(timeout=60)[0], process.returncode
+    return process.communicate(timeout=TIMEOUT)[0], process.returncode
 
 
 def rows(folder):

@@ -1,9 +1,11 @@
 """Run as a program by test_resume.py: two stages with checkpoints and a log, into the folder given. May be killed anywhere.
 
-Usage: worker.py FOLDER SAVE_EVERY_SECONDS, with tests/ and the repository on PYTHONPATH.
+Usage: worker.py FOLDER SAVE_EVERY_SECONDS PAUSE, with tests/ and the repository on PYTHONPATH. PAUSE: seconds to wait after each step, so that
+a signal arrives in the middle of a stage on a busy machine too.
 """
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,9 +25,14 @@ STAGES = (
 )
 
 
-def main(folder: Path, save_every_seconds: float) -> None:
+def main(folder: Path, save_every_seconds: float, pause: float) -> None:
     torch.set_num_threads(1)
     model, log = student(), JsonLog(folder / "log.jsonl")
+
+    def write(row):
+        log.write(row)
+        time.sleep(pause)
+
     for now in STAGES:
         parameters = mixers(model)
         if now.train == "lora":
@@ -41,7 +48,7 @@ def main(folder: Path, save_every_seconds: float) -> None:
             objective=objective,
             batches=batches,
             folder=folder / now.name,
-            log=log.write,
+            log=write,
             rewind=log.rewind,
             save_every_seconds=save_every_seconds,
         )
@@ -52,7 +59,7 @@ def main(folder: Path, save_every_seconds: float) -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), float(sys.argv[2]))
+        main(Path(sys.argv[1]), *map(float, sys.argv[2:]))
     except Interrupted as stop:
         print(stop, flush=True)
         sys.exit(130)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import SIZES, tiny_model
 from linearize.families import FAMILIES, OWN_LIMITS, PAST, REFUSED
 from linearize.students import chunked, full, left_padded, padded_inputs, student_of, tokens
 from tolerances import FAMILY, assert_near, error
@@ -136,6 +136,6 @@ def test_deepcopy_and_restore(case):
 def test_refused_family(model_type):
     changes, words = REFUSED[model_type]
     with pytest.raises(subquad.UserError) as refusal:
-        subquad.plan(AutoConfig.for_model(model_type, **changes))
+        subquad.plan(AutoConfig.for_model(model_type, **{**SIZES, **changes}))
     assert words in str(refusal.value)
     assert (model_type if words == PAST else "Layer 0") in str(refusal.value) or "Layer -1" in str(refusal.value)

@@ -62,11 +62,11 @@ def losses_from_logits(
     """The same for logits that exist already (a head that is more than a projection: softcap, scaling, sharding)."""
     count = labels_N.ne(IGNORE).sum().clamp_min(1)
     total, means = student_NV.new_zeros((), dtype=torch.float32), dict.fromkeys(losses, 0.0)
-    for part in _parts(len(labels_N), chunk):
-        counted = labels_N[part].ne(IGNORE)
-        teacher = None if teacher_NV is None else teacher_NV[part]
+    students, labels = student_NV.split(chunk), labels_N.split(chunk)  # split, not slices: each slice's gradient would be a whole [N, V]
+    teachers = [None] * len(labels) if teacher_NV is None else teacher_NV.split(chunk)
+    for student_CV, teacher_CV, labels_C in zip(students, teachers, labels, strict=True):
         for name, (weight, function) in losses.items():
-            mean = (function(student_NV[part], teacher, labels_N[part], temperature) * counted).sum() / count
+            mean = (function(student_CV, teacher_CV, labels_C, temperature) * labels_C.ne(IGNORE)).sum() / count
             total, means[name] = total + weight * mean, means[name] + mean.detach()
     return total, means
 

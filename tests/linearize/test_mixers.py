@@ -1,0 +1,301 @@
+"""Every preset, and the options that change its form: one set of numbers in all its forms.
+
+definition (pairs of tokens written out) = one call = chunked prefill = step by step = left-padded batch = right padding = packed documents.
+Mixer parameters are random: as built, gates are nearly closed and these tests would hardly bite.
+
+Key: B batch, T tokens, D model size, G key/value heads, R query heads per key/value head, K key size, V value size, W window, N sinks.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tolerances import MIXER, MIXER_GRADIENT, assert_near, error
+
+from subquad.linearize.layout import packed, padded
+from subquad.linearize.mixers import MIXERS, build
+from subquad.linearize.mixers.base import AttentionCall, HeadShape
+from subquad.linearize.mixers.definition import definition
+from subquad.linearize.mixers.feature_maps import FEATURE_MAPS
+from subquad.linearize.state import MixerState
+
+B, D, G, K, V = 3, 24, 2, 8, 6
+W, N = 6, 2
+
+CASES = {name: (name, {}) for name in MIXERS}
+CASES |= {f"window_linear {m}": ("window_linear", {"feature_map": m}) for m, row in FEATURE_MAPS.items() if row.positive}
+CASES |= {
+    "window_linear scalar": ("window_linear", {"decay": "scalar"}),
+    "window_linear vector": ("window_linear", {"decay": "vector"}),
+    "window_linear gated": ("window_linear", {"combine": "gated"}),
+    "gla scalar": ("gla", {"decay": "scalar"}),
+    "gla none": ("gla", {"decay": "none"}),
+    "gla joint": ("gla", {"combine": "joint"}),
+    "gated_delta none": ("gated_delta", {"decay": "none"}),
+}
+every = pytest.mark.parametrize("case", CASES)
+
+
+def mixer_of(case: str, groups: int = 3, window: int = W, sinks: int = N):
+    name, options = CASES[case]
+    mixer = build(name, HeadShape(D, G, groups, K, V), window, sinks, options)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return mixer
+
+
+def call_of(length: int, groups: int = 3, batch: int = B, **more) -> AttentionCall:
+    generator = torch.Generator().manual_seed(length)
+    q, k, v, hidden = (
+        torch.randn(batch, length, *size, generator=generator) for size in ((G, groups, K), (G, K), (G, V), (D,))
+    )  # fmt: skip
+    return AttentionCall(q, k, v, hidden, scale=K**-0.5, fewest=length, **more)
+
+
+TENSORS = ("q_BTGRK", "k_BTGK", "v_BTGV", "hidden_BTD")
+
+
+def part(call: AttentionCall, rows=slice(None), cols=slice(None), **more) -> AttentionCall:
+    """Some rows and tokens of a call."""
+    cut = {name: getattr(call, name)[rows, cols] for name in TENSORS}
+    return replace(call, **cut, fewest=cut["q_BTGRK"].shape[1], **more)
+
+
+def through_layout(mixer, call: AttentionCall, layout, state=None) -> torch.Tensor:
+    """What the seam does with a padded or packed call."""
+    rows, length = call.q_BTGRK.shape[:2]
+    if layout is None:
+        return mixer(replace(call, state=state))
+    moved = {name: layout.gather(getattr(call, name)) for name in TENSORS}
+    return layout.scatter(mixer(replace(call, **moved, real_BT=layout.real_DL, fewest=layout.fewest, state=state)), rows, length)
+
+
+@every
+@pytest.mark.parametrize("length", [1, W - 1, W, W + 1, W + N + 1, 40, 150])
+def test_one_call_is_the_definition(case, length):
+    mixer, call = mixer_of(case), call_of(length)
+    assert_near(mixer(call), definition(mixer, call), MIXER)
+
+
+@every
+@pytest.mark.parametrize("groups", [1, 3, 8])
+def test_query_groups(case, groups):
+    mixer, call = mixer_of(case, groups), call_of(40, groups)
+    assert_near(mixer(call), definition(mixer, call), MIXER)
+
+
+@every
+@pytest.mark.parametrize(("window", "sinks"), [(6, 0), (1, 0), (1, 1), (70, 4), (3, 9)])
+def test_windows_and_sinks(case, window, sinks):
+    mixer, call = mixer_of(case, window=window, sinks=sinks), call_of(150)
+    assert_near(mixer(call), definition(mixer, call), MIXER)
+
+
+@every
+def test_softcap_and_learned_sinks(case):
+    mixer, call = mixer_of(case), call_of(40)
+    plain = mixer(call)
+    for more in ({"softcap": 1.0}, {"sink_logit_GR": torch.linspace(-1, 1, G * 3).view(G, 3)}):
+        changed = replace(call, **more)
+        assert_near(mixer(changed), definition(mixer, changed), MIXER, str(list(more)))
+        assert error(mixer(changed), plain) > 100 * MIXER, f"{list(more)} had no effect"
+
+
+@every
+def test_gradients_are_the_definitions(case):
+    mixer, call = mixer_of(case), call_of(70)
+    weight = torch.randn_like(call.q_BTGRK[..., :1]) * torch.randn(V)
+    found = []
+    for form in (mixer.forward, lambda c: definition(mixer, c)):
+        mixer.zero_grad()
+        leaves = {name: getattr(call, name).clone().requires_grad_() for name in TENSORS}
+        (form(replace(call, **leaves)) * weight).sum().backward()
+        gradients = {n: x.grad for n, x in leaves.items()} | {n: p.grad.clone() for n, p in mixer.named_parameters()}
+        found.append({n: x for n, x in gradients.items() if x is not None})
+    assert found[0].keys() == found[1].keys()
+    assert len(list(mixer.parameters())) == sum(n not in TENSORS for n in found[0]), "a parameter gets no gradient"
+    for name, gradient in found[0].items():
+        assert_near(gradient, found[1][name], MIXER_GRADIENT, name)
+
+
+CUTS = {
+    "one call": [50],
+    "chunks": [3, 20, 21, 44, 50],
+    "steps": list(range(1, 51)),
+    "prefill and steps": [40, *range(41, 51)],
+    "first chunk below the window": [4, 50],
+    "chunks of the window": [W, 2 * W, 50],
+}
+
+
+def run(mixer, call: AttentionCall, cuts: list[int], mask=None):
+    """(output, state) of calls over the tokens up to each cut."""
+    state, outs, start = MixerState(), [], 0
+    for end in cuts:
+        layout = None if mask is None else padded(mask[:, start:end])
+        outs.append(through_layout(mixer, part(call, cols=slice(start, end)), layout, state))
+        start = end
+    return torch.cat(outs, 1), state
+
+
+STATE = ("window_k", "window_v", "window_extra", "sink_k", "sink_v", "memory", "seen_B")
+
+
+@every
+def test_chunks_and_steps_are_one_call(case):
+    """Outputs, and the state that is left."""
+    mixer, call = mixer_of(case), call_of(50)
+    with torch.no_grad():
+        wanted = mixer(call)
+        _, wanted_state = run(mixer, call, CUTS["one call"])
+        for what, cuts in CUTS.items():
+            out, state = run(mixer, call, cuts)
+            assert_near(out, wanted, MIXER, what)
+            assert state.fewest == 50
+            for name in STATE:
+                one, other = getattr(state, name), getattr(wanted_state, name)
+                assert (one is None) == (other is None), (what, name)
+                if one is not None:
+                    assert_near(one, other, MIXER, f"{what}: state.{name}")
+
+
+@every
+def test_state_is_fp32_and_small(case):
+    """In bf16 the window is kept as it comes and the recurrent state in fp32, of a size that does not grow."""
+    mixer, call = mixer_of(case), call_of(40)
+    call = part(replace(call, **{name: getattr(call, name).bfloat16() for name in TENSORS}))
+    with torch.no_grad():
+        out, state = run(mixer, call, [20, 40])
+        sizes = [x.shape for x in state.tensors()]
+        mixer(part(call, state=state))
+    assert out.dtype == state.window_k.dtype == state.sink_v.dtype == torch.bfloat16
+    assert state.memory is None or state.memory.dtype == torch.float32
+    assert [x.shape for x in state.tensors()] == sizes and state.window_k.shape[1] == W
+    if state.memory is not None:
+        assert state.memory[0].numel() * 4 == mixer.memory_bytes(mixer.shape, **_pieces(case))
+
+
+def _pieces(case):
+    from subquad.linearize.mixers import pieces
+
+    return pieces(*CASES[case])
+
+
+LENGTHS = (30, 13, 3, 0)  # the last row is nothing but padding
+
+
+def padded_batch(side: str):
+    """(call, mask) of rows of LENGTHS real tokens in a batch 33 wide."""
+    call, mask = call_of(33, batch=len(LENGTHS)), torch.zeros(len(LENGTHS), 33, dtype=torch.long)
+    for row, n in enumerate(LENGTHS):
+        if side == "left":
+            mask[row, 33 - n :] = 1
+        elif side == "right":
+            mask[row, :n] = 1
+        else:  # holes
+            mask[row, torch.randperm(33, generator=torch.Generator().manual_seed(row))[:n]] = 1
+    return call, mask
+
+
+@every
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_padding_changes_nothing(case, side):
+    mixer = mixer_of(case)
+    call, mask = padded_batch(side)
+    with torch.no_grad():
+        out = through_layout(mixer, call, padded(mask))
+        parts = run(mixer, call, [11, 12, 25, 33], mask)[0]
+        assert out.isfinite().all() and parts.isfinite().all()
+        for row, n in enumerate(LENGTHS):
+            if n == 0:
+                continue
+            real = mask[row].bool()
+            alone = mixer(part(call, slice(row, row + 1), real.nonzero().flatten()))
+            assert_near(out[row : row + 1, real], alone, MIXER, f"row {row}")
+            assert_near(parts[row : row + 1, real], alone, MIXER, f"row {row}, in chunks")
+
+
+@every
+def test_state_of_a_padded_batch_is_each_rows_own(case):
+    mixer = mixer_of(case)
+    call, mask = padded_batch("left")
+    with torch.no_grad():
+        _, state = run(mixer, call, [11, 33], mask)
+        assert state.seen_B.tolist() == list(LENGTHS)
+        for row, n in enumerate(LENGTHS):
+            if n == 0:
+                continue
+            _, alone = run(mixer, part(call, slice(row, row + 1), slice(33 - n, 33)), [n])
+            for name in ("window_k", "window_v", "window_extra"):
+                if getattr(alone, name) is not None:
+                    assert_near(getattr(state, name)[row, -min(n, W) :], getattr(alone, name)[0], MIXER, f"row {row}: {name}")
+            for name in ("sink_k", "sink_v"):
+                assert_near(getattr(state, name)[row, : min(n, N)], getattr(alone, name)[0, : min(n, N)], MIXER, f"row {row}: {name}")
+            if state.memory is not None:
+                memory = torch.zeros_like(state.memory[row]) if alone.memory is None else alone.memory[0]
+                assert_near(state.memory[row], memory, MIXER, f"row {row}: memory")
+
+
+@every
+def test_padding_gives_no_gradient(case):
+    """Training on a right-padded batch: what stands in the padded places changes nothing and gets no gradient."""
+    mixer = mixer_of(case)
+    call, mask = padded_batch("right")
+    leaves = {name: getattr(call, name).clone().requires_grad_() for name in TENSORS}
+    through_layout(mixer, replace(call, **leaves), padded(mask)).square().sum().backward()
+    for name, leaf in leaves.items():
+        if leaf.grad is not None:
+            assert leaf.grad.isfinite().all() and not leaf.grad[~mask.bool()].any(), name
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@every
+def test_packed_documents_are_separate_documents(case):
+    mixer, call = mixer_of(case), call_of(40, batch=2)
+    lengths = ((17, 20, 3), (40,))
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    with torch.no_grad():
+        out = through_layout(mixer, call, packed(positions, 2))
+        for row, documents in enumerate(lengths):
+            start = 0
+            for n in documents:
+                alone = mixer(part(call, slice(row, row + 1), slice(start, start + n)))
+                assert_near(out[row : row + 1, start : start + n], alone, MIXER, f"row {row} from {start}")
+                start += n
+
+
+@every
+@pytest.mark.parametrize("times", [30, 1000])
+def test_large_logits_stay_finite(case, times):
+    mixer, call = mixer_of(case), call_of(40)
+    leaves = {name: getattr(call, name).clone().requires_grad_() for name in TENSORS}
+    leaves["q_BTGRK"] = (call.q_BTGRK * times).requires_grad_()
+    out = mixer(replace(call, **leaves))
+    out.square().sum().backward()
+    assert out.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in (*leaves.values(), *mixer.parameters()) if x.grad is not None)
+
+
+@every
+def test_nothing_older_is_the_window(case):
+    """As long as nothing has left the window and the sinks, the output is the teacher's, bit for bit the window's."""
+    mixer, call = mixer_of(case), call_of(W + N)
+    window = build("window", mixer.shape, W, N)
+    assert torch.equal(mixer(call)[:, :W], window(call)[:, :W])
+    assert_near(mixer(call), window(call), MIXER)
+    longer = call_of(40)
+    different = error(mixer(longer), window(longer)) > 100 * MIXER
+    assert different == (CASES[case][0] != "window")
+
+
+def test_window_is_attention_under_its_mask():
+    """Against transformers' own arithmetic: softmax over sinks and the last W tokens."""
+    call, mixer = call_of(40), mixer_of("window")
+    t, j = torch.arange(40)[:, None], torch.arange(40)[None]
+    mask = (j <= t) & ((j > t - W) | (j < N))
+    q = call.q_BTGRK.flatten(2, 3).transpose(1, 2)
+    k, v = (x.repeat_interleave(3, 2).transpose(1, 2) for x in (call.k_BTGK, call.v_BTGV))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=call.scale).transpose(1, 2)
+    assert_near(mixer(call).flatten(2, 3), wanted, MIXER)

@@ -1,0 +1,143 @@
+"""A plan says what would become what, from the config alone, and names every problem at once."""
+
+import pytest
+import torch
+from helpers import SIZES, tiny_model
+from transformers import AutoConfig
+
+import subquad
+from subquad import UserError
+from subquad.linearize.mixers import MIXERS
+from subquad.linearize.planner import with_exact
+
+SLIDING = {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return AutoConfig.for_model("llama", **SIZES)
+
+
+def mixers(plan) -> list:
+    return [layer.mixer for layer in plan.layers]
+
+
+def test_every_layer_by_default(config):
+    plan = subquad.plan(config)
+    assert mixers(plan) == ["window"] * 3 and (plan.window, plan.sinks) == (64, 4)
+    layer = plan.layers[1]
+    assert (layer.index, layer.name, layer.hidden) == (1, "model.layers.1.self_attn", 64)
+    assert (layer.kv_heads, layer.groups, layer.query_heads, layer.key, layer.value) == (2, 2, 4, 16, 16)
+
+
+def test_config_and_model_give_one_plan(config):
+    model = tiny_model()
+    assert subquad.plan(model, exact=[0]).layers == subquad.plan(model.config, exact=[0]).layers
+    student = subquad.linearize(model, subquad.plan(model, exact=[0]))
+    assert subquad.plan(student, exact=[0]).layers == subquad.plan(config, exact=[0]).layers, "a student can be planned anew"
+
+
+def test_planning_takes_no_memory_and_changes_nothing(config):
+    """A model of 70 billion parameters is planned on any machine."""
+    large = AutoConfig.for_model("llama", hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672)
+    before = large.to_dict()
+    plan = subquad.plan(large, mixer="gla")
+    assert len(plan.converted) == 80 and large.to_dict() == before
+
+
+EXACT = {
+    "layers": ([0, 2], [None, "gla", None], [(), (), ()]),
+    "heads": ({0: [1], 2: [0]}, ["gla"] * 3, [(1,), (), (0,)]),
+    "all heads of a layer": ({0: [1, 0]}, [None, "gla", "gla"], [(), (), ()]),
+    "no heads": ({0: []}, ["gla"] * 3, [(), (), ()]),
+    "a head named twice": ({1: [1, 1]}, ["gla"] * 3, [(), (1,), ()]),
+}
+
+
+@pytest.mark.parametrize("what", EXACT)
+def test_exact(config, what):
+    exact, wanted, heads = EXACT[what]
+    plan = subquad.plan(config, mixer="gla", exact=exact)
+    assert mixers(plan) == wanted and [layer.exact for layer in plan.layers] == heads
+    assert all(layer.why == "kept exact" for layer in plan.layers if layer.mixer is None)
+
+
+def test_layers_names_what_is_converted(config):
+    plan = subquad.plan(config, layers=[1])
+    assert mixers(plan) == [None, "window", None] and plan.layers[0].why == "not named"
+
+
+def test_layers_with_a_window_of_their_own_stay_unless_named():
+    config = AutoConfig.for_model("gemma2", **SIZES, **SLIDING)
+    plan = subquad.plan(config)
+    assert mixers(plan) == ["window", None, "window"] and "window of 8" in plan.layers[1].why
+    named = subquad.plan(config, layers=[1])
+    assert mixers(named) == [None, "window", None] and named.layers[1].window == 8, "never wider than the teacher's"
+    only = subquad.plan(AutoConfig.for_model("mistral", **SIZES, sliding_window=8))
+    assert mixers(only) == ["window"] * 3, "a model that has no other layers"
+
+
+def test_recurrent_layers_are_not_in_the_plan():
+    config = AutoConfig.for_model("lfm2", **SIZES, layer_types=["full_attention", "conv", "full_attention"])
+    assert [layer.index for layer in subquad.plan(config).layers] == [0, 2]
+
+
+PROBLEMS = {
+    "mixer": (dict(mixer="glaa"), ["Unknown mixer 'glaa'. Did you mean 'gla'? Known: gated_delta, gla, window, window_linear."]),
+    "window": (dict(window=0), ["window: got 0, a window holds at least 1 token."]),
+    "sinks": (dict(sinks=-1), ["sinks: got -1, allowed: 0 or more."]),
+    "layer": (dict(layers=[1, 3]), ["layers: 3 is not an attention layer; layers with attention: 0..2."]),
+    "exact layer": (dict(exact=[7]), ["exact: 7 is not an attention layer; layers with attention: 0..2."]),
+    "exact head": (dict(exact={1: [0, 2]}), ["exact: layer 1 has key/value heads 0..1, got 2."]),
+    "option": (dict(mixer="gla", options={"featuremap": "x"}), ["options.featuremap: no such option. Did you mean 'feature_map'?"]),
+    "option value": (dict(mixer="gla", options={"decay": "vectr"}), ["options.decay: got 'vectr', allowed: none, scalar, vector."]),
+    "option type": (dict(mixer="gla", options={"rank": True}), ["options.rank: expected a int, got True."]),
+    "options of window": (dict(options={"decay": "none"}), ["options.decay: mixer 'window' takes no options."]),
+    "signed features": (dict(mixer="gla", options={"feature_map": "unit"}), ["write additive divides by a sum"]),
+    "delta without unit keys": (dict(mixer="gla", options={"write": "delta"}), ["use feature_map unit", "combine gated and decay none or scalar"]),
+    "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert: kept exact."]),
+    "several": (
+        dict(window=0, sinks=-2, layers=[9], exact={0: [5], 8: [0]}),
+        ["window: got 0", "sinks: got -2", "layers: 9", "exact: layer 0 has", "exact: 8 is not"],
+    ),
+    "several options": (dict(mixer="gla", options={"decay": 1, "rnk": 2}), ["options.decay: got 1", "options.rnk: no such option"]),
+}
+
+
+@pytest.mark.parametrize("what", PROBLEMS)
+def test_problems_are_named_all_at_once(config, what):
+    arguments, problems = PROBLEMS[what]
+    with pytest.raises(UserError) as refusal:
+        subquad.plan(config, **arguments)
+    assert len(refusal.value.problems) == len(problems), refusal.value.problems
+    for problem in problems:
+        assert problem in str(refusal.value)
+
+
+MODELS = {
+    "not causal": ("bert", {}, "not causal"),
+    "chunked attention, named": ("llama4_text", {"head_dim": 16, "num_local_experts": 4, "attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 3}, "in chunks"),
+    "no language model": ("vit", {}, "No causal language model is known for model type 'vit'"),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_models_that_cannot_be_planned(what):
+    model_type, changes, words = MODELS[what]
+    more = {"layers": [0]} if "named" in what else {}
+    with pytest.raises(UserError, match=words):
+        subquad.plan(AutoConfig.for_model(model_type, **SIZES, **changes), **more)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_with_exact(config, mixer):
+    base = subquad.plan(config, mixer=mixer)
+    for exact in ({}, {0: [1], 2: [0, 1]}, {1: [0]}):
+        assert with_exact(base, exact) == subquad.plan(config, mixer=mixer, exact=exact)
+    assert with_exact(with_exact(base, {0: [1]}), {}) == base
+    assert with_exact(subquad.plan(config, mixer=mixer, layers=[1]), {0: [0], 1: [0]}).layers[0].mixer is None
+
+
+def test_dtype_of_the_config_sets_the_bytes():
+    config = AutoConfig.for_model("llama", **SIZES, dtype=torch.bfloat16)
+    assert subquad.plan(config).teacher_bytes(100) * 2 == subquad.plan(AutoConfig.for_model("llama", **SIZES)).teacher_bytes(100)
