@@ -91,7 +91,7 @@ def test_killed_in_a_stage_and_called_again(recipe_file, finished, tmp_path, sta
     """The broken run ends with the same log and the same weights, bit for bit."""
     out = tmp_path / "broken"
     command = [sys.executable, "-c", KILLED, str(recipe_file), str(out), stage, str(int(how))]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    first = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if how == signal.SIGKILL:
         assert first.returncode == -signal.SIGKILL, first.stderr
     else:

@@ -5,7 +5,7 @@ Key: B batch, E exact key/value heads, G converted key/value heads, S tokens so 
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from subquad.errors import UserError
 
@@ -100,6 +100,37 @@ class MixerState(CacheLayerMixin):
         return [x for name in (*_ROWS, "keys", "values") if (x := getattr(self, name)) is not None]
 
 
+class HybridState(MixerState, LinearAttentionAndFullAttentionLayer):
+    """For layers that run attention and a recurrence of the teacher's own side by side: the recurrence keeps its states where it finds them."""
+
+    def __init__(self, sliding_window: int | None = None, number_of_states: int = 1):
+        MixerState.__init__(self, sliding_window)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    @classmethod
+    def adopt(cls, layer: LinearAttentionLayer, sliding_window: int | None) -> "HybridState":
+        """With the states of a stock layer: the recurrence may have run before attention in this very call."""
+        state = cls(sliding_window, layer.number_of_states)
+        for name in ("conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size"):
+            setattr(state, name, getattr(layer, name))
+        state.dtype, state.device = layer.dtype, layer.device
+        return state
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        (MixerState if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def _map(self, fn) -> None:
+        super()._map(fn)
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({i: fn(x) for i, x in states.items() if x is not None})
+
+    def reset(self) -> None:
+        self.__init__(self.sliding_window, self.number_of_states)
+
+    def tensors(self) -> list[Tensor]:
+        return super().tensors() + [x for states in (self.conv_states, self.recurrent_states) for x in states.values() if x is not None]
+
+
 def state_of(cache: Cache, layer_idx: int, sliding_window: int | None = None) -> MixerState:
     """The converted layer's state inside `cache`, put there on first use. Refuses caches it cannot live in."""
     if isinstance(cache, EncoderDecoderCache):
@@ -121,7 +152,8 @@ def state_of(cache: Cache, layer_idx: int, sliding_window: int | None = None) ->
         )
     if layer.get_seq_length() > 0:
         raise UserError(f"Layer {layer_idx} of the cache was filled by another model ({layer.get_seq_length()} tokens): start this model with a fresh cache.")
-    cache.layers[layer_idx] = MixerState(sliding_window)
+    hybrid = isinstance(layer, LinearAttentionLayer)
+    cache.layers[layer_idx] = HybridState.adopt(layer, sliding_window) if hybrid else MixerState(sliding_window)
     return cache.layers[layer_idx]
 
 

@@ -1,7 +1,7 @@
 """Run as a program by test_resume.py: two stages with checkpoints and a log, into the folder given. May be killed anywhere.
 
-Usage: worker.py FOLDER SAVE_EVERY_SECONDS PAUSE, with tests/ and the repository on PYTHONPATH. PAUSE: seconds to wait after each step, so that
-a signal arrives in the middle of a stage on a busy machine too.
+Usage: worker.py FOLDER SAVE_EVERY_SECONDS PAUSE, with tests/ and the repository on PYTHONPATH. PAUSE: seconds to wait after each step,
+so that a signal arrives in the middle of a stage on a busy machine too.
 """
 
 import sys

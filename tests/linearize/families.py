@@ -149,7 +149,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     }
 
 # What a family's own code does not do, in the teacher as in the student; test_families.py checks that the teacher indeed fails.
-OWN_LIMITS: dict[str, dict[str, str]] = {}
+RESTARTS = "its recurrent layers start anew at every call of more than one token"
+FIRST = "its recurrent layers look at padding in the first call only"
+OWN_LIMITS: dict[str, dict[str, str]] = {
+    "qwen3_next": {"padded chunks": FIRST},
+    "granitemoehybrid": {"padded chunks": FIRST},
+    "bamba": {"chunks": RESTARTS},
+    "jamba": {"chunks": RESTARTS},
+    "lfm2": {"padded chunks": FIRST},
+    "lfm2_moe": {"padded chunks": FIRST},
+    "nemotron_h": {"chunks": RESTARTS},
+    "minimax": {"beams": "its cache does not reorder what its recurrent layers keep"},
+}
 
 # Models that cannot be converted: model type -> (config, words of the refusal).
 PAST = "attention interface"

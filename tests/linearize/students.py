@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
 import subquad
 from subquad.linearize.params import mixer_parameters
@@ -47,13 +47,14 @@ def full(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 @torch.no_grad()
-def chunked(model: PreTrainedModel, ids: Tensor, cuts: Sequence[int], mask: Tensor | None = None) -> tuple[Tensor, DynamicCache]:
-    """(logits, cache) of passes over ids[:, 0:cuts[0]], [cuts[0]:cuts[1]], ... with one cache; cuts end at T."""
-    cache, outs, start = DynamicCache(config=model.config), [], 0
+def chunked(model: PreTrainedModel, ids: Tensor, cuts: Sequence[int], mask: Tensor | None = None) -> tuple[Tensor, Cache]:
+    """(logits, cache) of passes over ids[:, 0:cuts[0]], [cuts[0]:cuts[1]], ... with the cache the model makes itself; cuts end at T."""
+    cache, outs, start = None, [], 0
     for end in cuts:
         more = {} if mask is None else padded_inputs(model, mask, start, end)
-        outs.append(model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **more).logits)
-        start = end
+        out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **more)
+        outs.append(out.logits)
+        cache, start = out.past_key_values, end
     return torch.cat(outs, 1), cache
 
 
