@@ -19,7 +19,9 @@ CHUNK_VECTOR = 32
 MIN_LOG_DECAY = -5.0
 
 
-def additive_definition(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: Tensor | None = None, initial_state: Tensor | None = None):
+def additive_definition(
+    q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: Tensor | None = None, initial_state: Tensor | None = None
+):
     """The equation above, one token at a time, in the dtype of q. Oracle for tests; O(T F V).
 
     log_decay: None, [B, T, G] or [B, T, G, F], natural log, <= 0. Returns (o [B, T, G, R, V], state [B, G, F, V]).

@@ -30,7 +30,9 @@ def band_mask(T: int, X: int, window: int, valid_BX: Tensor | None, device) -> T
     return band if valid_BX is None else band & valid_BX[:, None]
 
 
-def banded_definition(q_BTGRK, k_BXGK, v_BXGV, *, window, scale, valid_BX=None, sink_k=None, sink_v=None, sink_seen_BTN=None, softcap=None, sink_logit_GR=None):
+def banded_definition(
+    q_BTGRK, k_BXGK, v_BXGV, *, window, scale, valid_BX=None, sink_k=None, sink_v=None, sink_seen_BTN=None, softcap=None, sink_logit_GR=None
+):
     """The formula with every pair of query and slot written out. Oracle for tests. Arguments and results as `banded_blocks`."""
     T, X = q_BTGRK.shape[1], k_BXGK.shape[1]
     mask = band_mask(T, X, window, valid_BX, q_BTGRK.device)

@@ -19,7 +19,12 @@ CHUNK = 64
 
 
 def delta_definition(
-    q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, beta_BTG: Tensor, log_decay_BTG: Tensor | None = None, initial_state: Tensor | None = None
+    q_BTGRF: Tensor,
+    k_BTGF: Tensor,
+    v_BTGV: Tensor,
+    beta_BTG: Tensor,
+    log_decay_BTG: Tensor | None = None,
+    initial_state: Tensor | None = None,
 ):
     """The equations above, one token at a time, in the dtype of q. Returns (o [B, T, G, R, V], state [B, G, F, V])."""
     B, T, G, R, feat = q_BTGRF.shape
@@ -36,7 +41,12 @@ def delta_definition(
 
 
 def delta_chunk(
-    q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, beta_BTG: Tensor, log_decay_BTG: Tensor | None = None, initial_state: Tensor | None = None
+    q_BTGRF: Tensor,
+    k_BTGF: Tensor,
+    v_BTGV: Tensor,
+    beta_BTG: Tensor,
+    log_decay_BTG: Tensor | None = None,
+    initial_state: Tensor | None = None,
 ):
     """Chunkwise form: same arguments and results as `delta_definition`, computed in fp32.
 

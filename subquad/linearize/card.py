@@ -52,7 +52,9 @@ def write_card(path, plan: Plan, provenance: dict[str, Any]) -> None:
     soft = sum(layer.soft_heads for layer in plan.layers)
     table = "\n".join(f"| {n:,} | {plan.teacher_bytes(n):,} | {plan.student_bytes(n):,} |" for n in (4096, 32768, 131072))
     base = {"base_model": teacher} if teacher.count("/") == 1 and not teacher.startswith(("/", ".")) else {}
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["subquad", "linear-attention", plan.mixer], **base)
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["subquad", "linear-attention", plan.mixer], **base
+    )
     card = ModelCard.from_template(
         data, template_str=_BODY, name=f"{teacher.rstrip('/').split('/')[-1]} with {plan.mixer}", teacher=teacher, heads=soft, total=total,
         mixer=plan.mixer, window=plan.window, sinks=plan.sinks, kept=total - soft, trained=f"{provenance.get('trained_tokens', 0):,}",

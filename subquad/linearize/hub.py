@@ -29,7 +29,11 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite and is_student(folder)):
-        how = "it holds no student, so it is never overwritten" if overwrite else "give --overwrite (overwrite=True) to replace a student in it"
+        how = (
+            "it holds no student, so it is never overwritten"
+            if overwrite
+            else "give --overwrite (overwrite=True) to replace a student in it"
+        )
         raise UserError(f"{folder} is not empty: choose another folder; {how}.")
 
 
@@ -52,7 +56,9 @@ def save(
         model.subquad_provenance = provenance
     adapters = [name for name, _ in model.named_parameters() if ".lora_" in name]
     if adapters:
-        raise UserError(f"This model still has adapters (for example {adapters[0]}): merge them first (subquad.distill.lora.merge_lora, or peft's merge_and_unload).")
+        raise UserError(
+            f"This model still has adapters (for example {adapters[0]}): merge them first (subquad.distill.lora.merge_lora, or peft's merge_and_unload)."
+        )
     for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a save that was killed
         shutil.rmtree(left, ignore_errors=True)
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -68,7 +74,9 @@ def save(
         building.rename(folder)
     except (OSError, SafetensorError) as error:
         if _is_disk(error):
-            raise UserError(f"Could not write {folder}: {error}. Free some room or choose another folder; nothing was left behind.") from error
+            raise UserError(
+                f"Could not write {folder}: {error}. Free some room or choose another folder; nothing was left behind."
+            ) from error
         raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -81,7 +89,9 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     folder = Path(folder)
     if not is_student(folder):
-        raise UserError(f"{folder} is not a student folder: its config.json should say model_type {MODEL_TYPE!r}. Make one with subquad run or subquad linearize.")
+        raise UserError(
+            f"{folder} is not a student folder: its config.json should say model_type {MODEL_TYPE!r}. Make one with subquad run or subquad linearize."
+        )
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:

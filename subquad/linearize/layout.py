@@ -103,7 +103,9 @@ class CallNote:
     def _layout(self, B: int, T: int, cached: bool) -> Layout | None:
         if self.mask_BS is not None:
             if self.mask_BS.shape[0] != B or self.mask_BS.shape[1] < T:
-                raise UserError(f"attention_mask has shape {tuple(self.mask_BS.shape)} but the call has {B} rows of {T} new tokens; give one column per token so far.")
+                raise UserError(
+                    f"attention_mask has shape {tuple(self.mask_BS.shape)} but the call has {B} rows of {T} new tokens; give one column per token so far."
+                )
             return padded(self.mask_BS[:, -T:])
         if self.position_ids is not None and self.position_ids.shape[-1] == T and not cached:
             return packed(self.position_ids, B)

@@ -48,7 +48,11 @@ def plan(
     rows = [_layer(f, mixer, window, sinks, heads.get(f.index, ()), layers) for f in found]
     raise_all([row.why for row in rows if row.why.startswith("Layer")])
     if not any(row.mixer for row in rows):
-        raise_all([f"Nothing to convert: {'; '.join(sorted({row.why or 'kept exact' for row in rows}))}. Name layers, or keep fewer of them exact."])
+        raise_all(
+            [
+                f"Nothing to convert: {'; '.join(sorted({row.why or 'kept exact' for row in rows}))}. Name layers, or keep fewer of them exact."
+            ]
+        )
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return Plan(tuple(rows), mixer, window, sinks, options, config.model_type, dtype)
 

@@ -29,7 +29,16 @@ IMPLEMENTATION = "subquad"
 # Arguments at the seam that change the result and that mixers honour.
 HONOURED = {"scaling", "softcap", "s_aux", "sliding_window"}
 # Arguments that say nothing about the weights of one token for another.
-HARMLESS = {"position_ids", "cache_position", "dropout", "is_causal", "position_embeddings", "hidden_states", "num_items_in_batch", "token_type_ids"}
+HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "dropout",
+    "is_causal",
+    "position_embeddings",
+    "hidden_states",
+    "num_items_in_batch",
+    "token_type_ids",
+}
 # Arguments that change the result and that a mixer cannot honour: refused by name whatever their value.
 REFUSED = {"position_bias", "alibi", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_mask", "score_mod"}
 
@@ -188,7 +197,16 @@ def _heads(x: Tensor, kv_heads: tuple[int, ...], total: int) -> Tensor:
     return x.unflatten(1, (total, -1))[:, list(kv_heads)].flatten(1, 2)
 
 
-def run_mixer(seam: LayerSeam, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, kwargs: dict, mixer=None, heads: tuple[int, ...] | None = None) -> Tensor:
+def run_mixer(
+    seam: LayerSeam,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: MixerState | None,
+    kwargs: dict,
+    mixer=None,
+    heads: tuple[int, ...] | None = None,
+) -> Tensor:
     """Bring the call into the mixer's form, run it, and bring the output back: [B, T, H, V]."""
     mixer = seam.module.mixer if mixer is None else mixer
     heads = seam.soft if heads is None else heads
@@ -196,7 +214,9 @@ def run_mixer(seam: LayerSeam, q: Tensor, k: Tensor, v: Tensor, state: MixerStat
     G = len(heads)
     hidden = seam.hidden
     if hidden is None or hidden.shape[:2] != (B, T):
-        raise UserError(f"Layer {seam.index} ({type(seam.module).__name__}) was called without its hidden states [batch, tokens, size]; it cannot be converted.")
+        raise UserError(
+            f"Layer {seam.index} ({type(seam.module).__name__}) was called without its hidden states [batch, tokens, size]; it cannot be converted."
+        )
     s_aux = kwargs.get("s_aux")
     if s_aux is not None:
         s_aux = s_aux.unflatten(0, (seam.module.mixer.total_kv_heads, -1))[list(heads)]
@@ -207,7 +227,9 @@ def run_mixer(seam: LayerSeam, q: Tensor, k: Tensor, v: Tensor, state: MixerStat
     )  # fmt: skip
     layout = seam.root.note.layout(B, T, cached=state is not None)
     if layout is not None:
-        call.q_BTGRK, call.k_BTGK, call.v_BTGV, call.hidden_BTD = (layout.gather(x) for x in (call.q_BTGRK, call.k_BTGK, call.v_BTGV, hidden))
+        call.q_BTGRK, call.k_BTGK, call.v_BTGV, call.hidden_BTD = (
+            layout.gather(x) for x in (call.q_BTGRK, call.k_BTGK, call.v_BTGV, hidden)
+        )
         call.real_BT, call.fewest = layout.real_DL, layout.fewest
     out = mixer(call)
     if layout is not None:

@@ -50,13 +50,17 @@ def check(plan: Plan, *, kv_bytes: float, at: int) -> None:
 def _order(base: Plan, scores: Scores | None, granularity: str) -> Iterator[tuple[int, list[int]]]:
     """(layer, heads) to keep exact, most wanted first. Ties go to the earlier layer."""
     rows = {row.index: row.kv_heads for row in base.converted}
-    units = [(i, [g]) for i, G in rows.items() for g in range(G)] if granularity == "head" else [(i, list(range(G))) for i, G in rows.items()]
+    units = (
+        [(i, [g]) for i, G in rows.items() for g in range(G)] if granularity == "head" else [(i, list(range(G))) for i, G in rows.items()]
+    )
     if scores is None:
         yield from (units[k] for k in _spread(len(units)))
         return
     missing = [i for i in rows if len(scores.get(i, ())) != rows[i]]
     if missing:
-        raise UserError(f"The saved scores do not fit this model: layers {missing} have other heads. Remove selection.json and score again.")
+        raise UserError(
+            f"The saved scores do not fit this model: layers {missing} have other heads. Remove selection.json and score again."
+        )
     yield from sorted(units, key=lambda unit: -sum(scores[unit[0]][g] for g in unit[1]) / len(unit[1]))
 
 

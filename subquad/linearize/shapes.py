@@ -47,7 +47,9 @@ class Found:
 def _record(module, query, key, value, attention_mask=None, **kwargs):
     args, named = _inputs[type(module)]
     given = [x.shape[1] for x in (*args, *named.values()) if isinstance(x, torch.Tensor) and x.dim() == 4]
-    own_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] not in given  # [B, 1, T, S] from the model, per head from the module
+    own_mask = (
+        isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] not in given
+    )  # [B, 1, T, S] from the model, per head from the module
     hidden = next((x.shape[-1] for x in (*args, *named.values()) if isinstance(x, torch.Tensor) and x.dim() == 3), 0)
     _seen.append((module, hidden, query.shape, key.shape, value.shape, {k: v for k, v in kwargs.items() if v is not None}, own_mask))
     B, H, T, _ = query.shape
@@ -137,9 +139,13 @@ def _problems() -> dict[nn.Module, str]:
     problems = {}
     for module, *_, own_mask in _seen:
         if calls[module] > 1 or module.layer_idx < 0 or layers[module.layer_idx] > 1:
-            problems[module] = "it attends more than once per token (shared between layers, or two softmaxes), and a mixer has one state. Keep it exact."
+            problems[module] = (
+                "it attends more than once per token (shared between layers, or two softmaxes), and a mixer has one state. Keep it exact."
+            )
         elif own_mask:
-            problems[module] = "it makes an attention mask of its own out of what it computes, which a recurrent state cannot honour. Keep it exact."
+            problems[module] = (
+                "it makes an attention mask of its own out of what it computes, which a recurrent state cannot honour. Keep it exact."
+            )
     return problems
 
 

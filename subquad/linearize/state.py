@@ -111,7 +111,14 @@ class HybridState(MixerState, LinearAttentionAndFullAttentionLayer):
     def adopt(cls, layer: LinearAttentionLayer, sliding_window: int | None) -> "HybridState":
         """With the states of a stock layer: the recurrence may have run before attention in this very call."""
         state = cls(sliding_window, layer.number_of_states)
-        for name in ("conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size"):
+        for name in (
+            "conv_states",
+            "recurrent_states",
+            "is_conv_states_initialized",
+            "is_recurrent_states_initialized",
+            "has_previous_state",
+            "conv_kernel_size",
+        ):
             setattr(state, name, getattr(layer, name))
         state.dtype, state.device = layer.dtype, layer.device
         return state
@@ -139,7 +146,9 @@ def state_of(cache: Cache, layer_idx: int, sliding_window: int | None = None) ->
         raise UserError("Converted layers keep small states on the device: use a cache without offloading (plain DynamicCache).")
     while len(cache.layers) <= layer_idx:
         if cache.layer_class_to_replicate is None:
-            raise UserError(f"The cache has {len(cache.layers)} layers but layer {layer_idx} asks for one: build it with DynamicCache(config=model.config).")
+            raise UserError(
+                f"The cache has {len(cache.layers)} layers but layer {layer_idx} asks for one: build it with DynamicCache(config=model.config)."
+            )
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
     if isinstance(layer, MixerState):
@@ -151,7 +160,9 @@ def state_of(cache: Cache, layer_idx: int, sliding_window: int | None = None) ->
             "A converted layer's memory does not grow, so a static one would save nothing."
         )
     if layer.get_seq_length() > 0:
-        raise UserError(f"Layer {layer_idx} of the cache was filled by another model ({layer.get_seq_length()} tokens): start this model with a fresh cache.")
+        raise UserError(
+            f"Layer {layer_idx} of the cache was filled by another model ({layer.get_seq_length()} tokens): start this model with a fresh cache."
+        )
     hybrid = isinstance(layer, LinearAttentionLayer)
     cache.layers[layer_idx] = HybridState.adopt(layer, sliding_window) if hybrid else MixerState(sliding_window)
     return cache.layers[layer_idx]

@@ -30,7 +30,9 @@ class SubquadConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
 
-    def __init__(self, teacher: dict[str, Any] | None = None, plan: dict[str, Any] | None = None, provenance: dict[str, Any] | None = None, **kwargs):
+    def __init__(
+        self, teacher: dict[str, Any] | None = None, plan: dict[str, Any] | None = None, provenance: dict[str, Any] | None = None, **kwargs
+    ):
         self.teacher, self.plan, self.provenance = teacher or {}, plan or {}, provenance or {}
         super().__init__(**kwargs)
 
@@ -43,7 +45,9 @@ class SubquadConfig(PreTrainedConfig):
         try:
             config = AutoConfig.for_model(model_type, **data)
         except ValueError as error:
-            raise UserError(f"This student was made from a {model_type!r} model, which the installed transformers does not know. Upgrade transformers.") from error
+            raise UserError(
+                f"This student was made from a {model_type!r} model, which the installed transformers does not know. Upgrade transformers."
+            ) from error
         config.dtype = self.dtype or config.dtype
         config._attn_implementation = self._attn_implementation
         return config
@@ -91,7 +95,13 @@ def _loader(config: SubquadConfig) -> type[PreTrainedModel]:
 
 def student_class(base: type[PreTrainedModel], more: dict[str, Any] | None = None) -> type[PreTrainedModel]:
     """A subclass of the teacher's class, under its name, whose save_pretrained writes a student folder."""
-    members = {"save_pretrained": _save_pretrained, "teacher_class": base, "__module__": base.__module__, "__doc__": base.__doc__, **(more or {})}
+    members = {
+        "save_pretrained": _save_pretrained,
+        "teacher_class": base,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        **(more or {}),
+    }
     return type(base.__name__, (base,), members)
 
 
@@ -111,7 +121,16 @@ def student_config(model: PreTrainedModel) -> SubquadConfig:
         tie_word_embeddings=getattr(model.config, "tie_word_embeddings", False),
     )
     # What tools ask every language model's config for.
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+    for key in (
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ):
         if getattr(model.config, key, None) is not None:
             setattr(config, key, getattr(model.config, key))
     return config
@@ -125,7 +144,9 @@ def _save_pretrained(self, save_directory, **kwargs):
         config.save_pretrained(save_directory)
         _write_code(Path(save_directory))
         if kwargs.get("push_to_hub"):
-            raise UserError("Save first, then upload the folder (huggingface_hub.upload_folder): a student's config and code are written after its weights.")
+            raise UserError(
+                "Save first, then upload the folder (huggingface_hub.upload_folder): a student's config and code are written after its weights."
+            )
 
 
 def _write_code(folder: Path) -> None:

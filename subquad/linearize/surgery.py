@@ -15,7 +15,11 @@ from subquad.linearize.seam import LayerSeam, ModelHooks, Root, seams
 def attach(model: nn.Module, plan: Plan) -> None:
     """Put the plan's mixers into the model. Parameters are created on each layer's device in fp32 (gates and maps are small)."""
     modules = dict(model.named_modules())
-    problems = [f"The plan names {layer.name!r}, which {type(model).__name__} does not have." for layer in plan.converted if layer.name not in modules]
+    problems = [
+        f"The plan names {layer.name!r}, which {type(model).__name__} does not have."
+        for layer in plan.converted
+        if layer.name not in modules
+    ]
     if seams(model):
         problems.append("This model is already converted: call subquad.restore(model) first.")
     raise_all(problems)

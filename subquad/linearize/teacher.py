@@ -68,11 +68,15 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict]:
         return str(path.parent), {"gguf_file": path.name}
     if path.exists():
         if not (path / "config.json").is_file():
-            raise UserError(f"{name} holds no config.json: give a model folder, a .gguf file, a hub id, or an alias ({', '.join(ALIASES)}).")
+            raise UserError(
+                f"{name} holds no config.json: give a model folder, a .gguf file, a hub id, or an alias ({', '.join(ALIASES)})."
+            )
         return str(path), {}
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
-        raise UserError(f"No such model: {name!r}.{nearest(name, ALIASES)} Give a folder, a .gguf file, a hub id (owner/name), or an alias ({', '.join(ALIASES)}).")
+        raise UserError(
+            f"No such model: {name!r}.{nearest(name, ALIASES)} Give a folder, a .gguf file, a hub id (owner/name), or an alias ({', '.join(ALIASES)})."
+        )
     return name, {} if revision is None else {"revision": revision}
 
 
@@ -84,7 +88,9 @@ def _friendly(name: str, call):
         raise
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"Could not open {name!r}: {first} Give a folder, a .gguf file, a hub id that can be reached, or an alias ({', '.join(ALIASES)}).") from error
+        raise UserError(
+            f"Could not open {name!r}: {first} Give a folder, a .gguf file, a hub id that can be reached, or an alias ({', '.join(ALIASES)})."
+        ) from error
     except Exception as error:
         if type(error).__name__ in ("SafetensorError", "JSONDecodeError"):
             raise UserError(f"{name}: a file is damaged ({error}). Fetch or save the model again.") from error

@@ -67,7 +67,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron_h": {**HEAD, **NEMOTRON, "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"]},
     "olmo_hybrid": {**HYBRID, **DELTA},
     "kimi_linear": {**LATENT, **KIMI, "q_lora_rank": None, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
-    "recurrent_gemma": {},
     "zaya": {**HEAD, **MOE, "num_experts_per_tok": 1, "router_hidden_size": 32},
     # latent attention: keys and values of different size
     "deepseek_v2": {**WIDE, **ROUTED},
@@ -154,12 +153,16 @@ FIRST = "its recurrent layers look at padding in the first call only"
 OWN_LIMITS: dict[str, dict[str, str]] = {
     "qwen3_next": {"padded chunks": FIRST},
     "granitemoehybrid": {"padded chunks": FIRST},
-    "bamba": {"chunks": RESTARTS},
+    "falcon_h1": {"padded chunks": FIRST},
+    "bamba": {"steps": "its recurrence continues rightly only after a prefill longer than this text's"},
     "jamba": {"chunks": RESTARTS},
     "lfm2": {"padded chunks": FIRST},
     "lfm2_moe": {"padded chunks": FIRST},
-    "nemotron_h": {"chunks": RESTARTS},
-    "minimax": {"beams": "its cache does not reorder what its recurrent layers keep"},
+    "nemotron_h": {"steps": "its recurrence step by step is 3e-4 off its chunked form"},
+    "minimax": {"padded chunks": FIRST, "beams": "its cache does not reorder what its recurrent layers keep"},
+    "olmo_hybrid": {"padded chunks": FIRST},
+    "kimi_linear": {"padded chunks": FIRST},
+    "zaya": {"padded chunks": FIRST},
 }
 
 # Models that cannot be converted: model type -> (config, words of the refusal).

@@ -82,7 +82,9 @@ def _clashes(name: str, pieces: dict[str, Any]) -> list[str]:
     if pieces["write"] == "delta" and (pieces["combine"] != "gated" or pieces["decay"] == "vector"):
         found.append(f"mixer {name!r}: write delta goes with combine gated and decay none or scalar.")
     if pieces["write"] == "additive" and not positive:
-        found.append(f"mixer {name!r}: write additive divides by a sum of features and needs a positive map; {pieces['feature_map']} is signed.")
+        found.append(
+            f"mixer {name!r}: write additive divides by a sum of features and needs a positive map; {pieces['feature_map']} is signed."
+        )
     return found
 
 
