@@ -29,6 +29,7 @@ class LayerPlan:
     value: int
     kind: str = "full_attention"
     teacher_window: int | None = None
+    cached: int = 0  # numbers per token that the teacher's cache keeps, where that is not kv_heads x (key + value): latent attention keeps less
     mixer: str | None = None
     exact: tuple[int, ...] = ()  # key/value heads that stay exact in a converted layer
     window: int = 0
@@ -51,7 +52,7 @@ class LayerPlan:
     def teacher_bytes(self, tokens: int, number: int) -> int:
         """Key/value bytes of this layer in the teacher; `number` bytes per number."""
         kept = tokens if self.teacher_window is None else min(tokens, max(self.teacher_window - 1, 1))
-        return kept * self.kv_heads * (self.key + self.value) * number
+        return kept * (self.cached or self.kv_heads * (self.key + self.value)) * number
 
     def student_bytes(self, tokens: int, number: int, options: dict[str, Any]) -> int:
         """Exact heads' keys and values, window, sinks and recurrent state (fp32) of this layer in the student."""

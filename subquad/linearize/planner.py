@@ -65,7 +65,7 @@ def with_exact(base: Plan, exact: Mapping[int, Sequence[int]]) -> Plan:
             rows.append(row)
             continue
         kept = tuple(sorted(exact.get(row.index, ())))
-        rows.append(replace(row, mixer=None, exact=(), why="kept exact") if len(kept) == row.kv_heads else replace(row, exact=kept))
+        rows.append(replace(row, mixer=None, exact=(), window=0, sinks=0, why="kept exact") if len(kept) == row.kv_heads else replace(row, exact=kept))
     return replace(base, layers=tuple(rows))
 
 
@@ -114,7 +114,7 @@ def _own(f: Found) -> bool:
 
 def _layer(f: Found, mixer: str, window: int, sinks: int, kept: tuple[int, ...] | None, layers: Sequence[int] | None) -> LayerPlan:
     named = layers is not None and f.index in layers
-    row = LayerPlan(f.index, f.name, f.hidden, f.kv_heads, f.query_heads // f.kv_heads, f.key, f.value, f.kind, f.window)
+    row = LayerPlan(f.index, f.name, f.hidden, f.kv_heads, f.query_heads // f.kv_heads, f.key, f.value, f.kind, f.window, f.cached)
     if layers is not None and not named:
         return replace(row, why="not named")
     if kept is None or len(kept) == f.kv_heads:

@@ -234,7 +234,7 @@ def run_mixer(
     out = mixer(call)
     if layout is not None:
         out = layout.scatter(out, B, T)
-    return out.flatten(2, 3)
+    return out.flatten(2, 3).contiguous()  # as transformers' own functions return it: some modules call .view on it
 
 
 def _transfer(seam: LayerSeam, q, k, v, exact, kwargs) -> Tensor:

@@ -10,12 +10,15 @@ Key: B batch, T tokens, H query heads, G key/value heads, K key size, V value si
 import copy
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import AttentionInterface
 
 from subquad.errors import UserError
@@ -41,12 +44,13 @@ class Found:
     kind: str  # the config's layer type; full_attention when it says nothing
     causal: bool
     arguments: tuple[str, ...]  # what else arrives at the seam with a value
+    cached: int = 0  # numbers per token that it puts into a cache; 0: as many as its keys and values have
     problem: str = ""  # why no mixer can stand here, whatever its kind
 
 
 def _record(module, query, key, value, attention_mask=None, **kwargs):
     args, named = _inputs[type(module)]
-    given = [x.shape[1] for x in (*args, *named.values()) if isinstance(x, torch.Tensor) and x.dim() == 4]
+    given = [x.shape[1] for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor) and x.dim() == 4]
     own_mask = (
         isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] not in given
     )  # [B, 1, T, S] from the model, per head from the module
@@ -57,6 +61,16 @@ def _record(module, query, key, value, attention_mask=None, **kwargs):
 
 
 AttentionInterface.register(PROBE, _record)
+
+
+class _Watch(DynamicCache):
+    """A cache that keeps nothing and notes how much it was given for one token."""
+
+    given = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.given = (key_states.numel() + value_states.numel()) // TOKENS
+        return key_states, value_states
 
 
 class _AnswerAnything(TorchDispatchMode):
@@ -107,8 +121,8 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
                 args, kwargs = _inputs[type(module)]
                 _run(lambda module=module, args=args, kwargs=kwargs: module(*args, **kwargs))
     entries = {entry[0]: entry for entry in _seen}
-    problems = _problems()
-    found = [_found(candidates[m], m, *entry[1:6], config, problems.get(m, "")) for m, entry in entries.items()]
+    problems, cached = _problems(), _cached(entries)
+    found = [_found(candidates[m], m, *entry[1:6], config, problems.get(m, ""), cached.get(m, 0)) for m, entry in entries.items()]
     _seen.clear()
     _inputs.clear()
     if not found:
@@ -149,7 +163,21 @@ def _problems() -> dict[nn.Module, str]:
     return problems
 
 
-def _found(name, module, hidden, q, k, v, arguments, config, problem) -> Found:
+def _cached(modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
+    """Numbers per token that recorded modules put into a cache: each is called once more, alone, as its like was called, with a cache that watches."""
+    found = {}
+    for module in modules:
+        args, kwargs = _inputs[type(module)]
+        watch = _Watch()
+        if "past_key_values" in kwargs:
+            with torch.no_grad(), _AnswerAnything():
+                _run(lambda module=module, args=args, kwargs={**kwargs, "past_key_values": watch}: module(*args, **kwargs))
+        if watch.given:
+            found[module] = watch.given
+    return found
+
+
+def _found(name, module, hidden, q, k, v, arguments, config, problem, cached) -> Found:
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     kind = kinds[module.layer_idx] if module.layer_idx < len(kinds) else "full_attention"
     return Found(
@@ -164,5 +192,6 @@ def _found(name, module, hidden, q, k, v, arguments, config, problem) -> Found:
         kind=kind,
         causal=bool(getattr(module, "is_causal", True)),
         arguments=tuple(sorted(arguments)),
+        cached=0 if cached == k[1] * (k[3] + v[3]) else cached,
         problem=problem,
     )

@@ -64,12 +64,14 @@ class SubquadForCausalLM(PreTrainedModel):
         if config is None:
             config = SubquadConfig.from_pretrained(folder)
         wanted_info = kwargs.pop("output_loading_info", False)
-        model, info = _loader(config).from_pretrained(folder, *args, config=config.teacher_config(), output_loading_info=True, **kwargs)
-        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        if missing or unexpected or info.get("mismatched_keys"):
+        kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)  # refused below, in one sentence with the rest
+        model, info = _loader(config).from_pretrained(folder, *args, config=config.teacher_config(), **kwargs)
+        missing, unexpected, mismatched = (sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched"))
+        if missing or unexpected or mismatched:
             raise UserError(
                 f"{folder}: the weights do not fit the plan in config.json ({len(missing)} missing, {len(unexpected)} unexpected, "
-                f"for example {(missing + unexpected + ['shapes'])[0]}). The folder is damaged or was edited; save the student again."
+                f"{len(mismatched)} of another shape, for example {(missing + unexpected + mismatched)[0]}). The folder is damaged or was edited; "
+                "save the student again."
             )
         model.subquad_provenance = config.provenance
         return (model, info) if wanted_info else model
@@ -90,7 +92,9 @@ def _loader(config: SubquadConfig) -> type[PreTrainedModel]:
         base.__init__(self, config, *args, **kwargs)
         attach(self, plan)
 
-    return student_class(base, {"__init__": __init__})
+    # Mixers are small and keep fp32 statistics: loading in bf16 or fp16 leaves them as they were saved.
+    fp32 = [*(base._keep_in_fp32_modules_strict or ()), *(f"{layer.name}.mixer" for layer in plan.converted)]
+    return student_class(base, {"__init__": __init__, "_keep_in_fp32_modules_strict": fp32})
 
 
 def student_class(base: type[PreTrainedModel], more: dict[str, Any] | None = None) -> type[PreTrainedModel]:

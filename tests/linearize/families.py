@@ -22,6 +22,7 @@ HYBRID = {"layer_types": ["full_attention", "linear_attention", "full_attention"
 
 FULL3 = ["full_attention"] * 3
 SLIDING1 = ["sliding_attention", "full_attention", "full_attention"]
+GRANITE = {"attention_multiplier": 0.25}  # of q.k; without it 1, where real checkpoints have 1 / head size
 NEMOTRON = {"ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1, "num_hidden_layers": 4}
 KIMI = {"linear_head_dim": 16, "linear_num_heads": 4, "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 32}
 LONGCAT = {"moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 32}
@@ -47,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": None},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
     "stablelm": {},
-    "granite": {},
+    "granite": GRANITE,
     "cohere": {},
     "smollm3": {},
     "nanochat": {},
@@ -57,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**HEAD, **LOCAL, "layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8},
     # hybrids: the teacher's own recurrent layers stay
     "qwen3_next": {**HEAD, **MOE, **SHARED, **DELTA, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
-    "granitemoehybrid": {**HYBRID, **MAMBA, "num_local_experts": 4, "shared_intermediate_size": 64},
+    "granitemoehybrid": {**HYBRID, **MAMBA, **GRANITE, "num_local_experts": 4, "shared_intermediate_size": 64},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 128},
     "bamba": {**MAMBA, "attn_layer_indices": [0, 2]},
     "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 0, "mamba_d_state": 8, "mamba_dt_rank": 8},
@@ -106,8 +107,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {**HEAD, "num_experts": 4, "moe_topk": 2},
     "dots1": {**HEAD, **ROUTED, "n_shared_experts": 1, "layer_types": FULL3},
     "phimoe": LOCAL,
-    "granitemoe": LOCAL,
-    "granitemoeshared": LOCAL,
+    "granitemoe": {**LOCAL, **GRANITE},
+    "granitemoeshared": {**LOCAL, **GRANITE},
     "llama4_text": {**HEAD, **LOCAL, "intermediate_size_mlp": 128, "layer_types": FULL3, "no_rope_layers": [1, 1, 1]},
     "minimax_m2": {**HEAD, **LOCAL},
     "solar_open": {**HEAD, **ROUTED},
@@ -163,6 +164,7 @@ OWN_LIMITS: dict[str, dict[str, str]] = {
     "olmo_hybrid": {"padded chunks": FIRST},
     "kimi_linear": {"padded chunks": FIRST},
     "zaya": {"padded chunks": FIRST},
+    **dict.fromkeys(("bart", "blenderbot", "mbart", "pegasus", "marian", "plbart"), {"padding": "its positions count padding"}),
 }
 
 # Models that cannot be converted: model type -> (config, words of the refusal).
@@ -170,7 +172,7 @@ PAST = "attention interface"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_layer": 2}, PAST),
     "falcon": ({}, PAST),
-    "gpt_neo": ({"num_layers": 2, "attention_types": [[["global", "local"], 1]]}, PAST),
+    "gpt_neo": ({"attention_types": [[["global"], 3]]}, PAST),
     "mpt": ({"n_layers": 2}, PAST),
     "codegen": ({"n_layer": 2}, PAST),
     "gptj": ({"n_layer": 2}, PAST),

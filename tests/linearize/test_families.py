@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import SIZES, tiny_model
 from linearize.families import FAMILIES, OWN_LIMITS, PAST, REFUSED
-from linearize.students import chunked, full, left_padded, padded_inputs, student_of, tokens
+from linearize.students import chunked, full, left_padded, padded_inputs, student_of, takes_positions, tokens
 from tolerances import FAMILY, assert_near, error
 from transformers import AutoConfig
 
@@ -92,7 +92,12 @@ def real(logits: torch.Tensor) -> torch.Tensor:
 
 def alone(model, ids: torch.Tensor) -> torch.Tensor:
     """The same from one pass a row, without padding."""
-    return torch.cat([full(model, ids[i : i + 1, :n])[0] for i, n in enumerate(LENGTHS)])
+    return torch.cat([full(model, ids[i : i + 1, :n], **positions(model, n))[0] for i, n in enumerate(LENGTHS)])
+
+
+def positions(model, length: int) -> dict:
+    """Given explicitly: families that work positions out themselves do not all count from 0."""
+    return {"position_ids": torch.arange(length)[None]} if takes_positions(model) else {}
 
 
 def test_left_padding_changes_nothing(case):

@@ -290,6 +290,14 @@ def test_nothing_older_is_the_window(case):
     assert different == (CASES[case][0] != "window")
 
 
+@every
+def test_very_negative_logits_leave_the_window_in_charge(case):
+    """Logits far below the linear branch's share, before and after anything has left the window."""
+    mixer, call = mixer_of(case), call_of(W + 4)
+    call = replace(call, q_BTGRK=torch.full_like(call.q_BTGRK, -40.0), k_BTGK=call.k_BTGK.abs() + 1)
+    assert_near(mixer(call)[:, : W + N], build("window", mixer.shape, W, N)(call)[:, : W + N], MIXER)
+
+
 def test_window_is_attention_under_its_mask():
     """Against transformers' own arithmetic: softmax over sinks and the last W tokens."""
     call, mixer = call_of(40), mixer_of("window")

@@ -112,10 +112,9 @@ def test_gates_are_per_head_and_get_gradients(student):
         student(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         assert all(g.grad.shape == (2,) and g.grad.abs().min() > 0 for g in gates.values())
         student.zero_grad()
-        # One head open: as a plan that keeps exactly this head exact.
-        one = {i: torch.tensor([float(i == 1), 0.0]) for i in gates}
-        with gated(student, one):
-            found = full(student, IDS)
+    # One head open: as a plan that keeps exactly this head exact.
+    with gated(student, {i: torch.tensor([float(i == 1), 0.0]) for i in gates}):
+        found = full(student, IDS)
     teacher = tiny_model()
     assert_near(found, full(subquad.linearize(teacher, subquad.plan(teacher, window=4, sinks=2, exact={1: [0]})), IDS), FAMILY)
 

@@ -90,6 +90,8 @@ class Cell(Mixer):
         numerator, denominator = y[..., :-1], y[..., -1]
         mix = self.mix(call.hidden_BTD)
         if self.combine == "joint":
+            # A branch without tokens must not set the maximum: the window's sums would underflow under it, or the product with its empty sums overflow.
+            mix = mix.masked_fill(~local.left_BT[..., None, None], float("-inf"))
             top = torch.maximum(local.top, mix).detach()
             a, b = (local.top - top).exp(), (mix - top).exp()
             total = a * local.denominator + b * denominator
