@@ -29,7 +29,9 @@ class LayerPlan:
     value: int
     kind: str = "full_attention"
     teacher_window: int | None = None
-    cached: int = 0  # numbers per token that the teacher's cache keeps, where that is not kv_heads x (key + value): latent attention keeps less
+    cached: int = (
+        0  # numbers per token that the teacher's cache keeps, where that is not kv_heads x (key + value): latent attention keeps less
+    )
     mixer: str | None = None
     exact: tuple[int, ...] = ()  # key/value heads that stay exact in a converted layer
     window: int = 0

@@ -65,7 +65,11 @@ def with_exact(base: Plan, exact: Mapping[int, Sequence[int]]) -> Plan:
             rows.append(row)
             continue
         kept = tuple(sorted(exact.get(row.index, ())))
-        rows.append(replace(row, mixer=None, exact=(), window=0, sinks=0, why="kept exact") if len(kept) == row.kv_heads else replace(row, exact=kept))
+        rows.append(
+            replace(row, mixer=None, exact=(), window=0, sinks=0, why="kept exact")
+            if len(kept) == row.kv_heads
+            else replace(row, exact=kept)
+        )
     return replace(base, layers=tuple(rows))
 
 

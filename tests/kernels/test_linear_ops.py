@@ -27,7 +27,11 @@ def decay(kind: str, length: int):
 def inputs(op: str, length: int, kind: str, groups: int = 3, state: bool = True) -> dict:
     torch.manual_seed(length)
     numbers = dict(dtype=torch.float64)
-    q, k, v = torch.randn(B, length, G, groups, F, **numbers), torch.randn(B, length, G, F, **numbers), torch.randn(B, length, G, V, **numbers)
+    q, k, v = (
+        torch.randn(B, length, G, groups, F, **numbers),
+        torch.randn(B, length, G, F, **numbers),
+        torch.randn(B, length, G, V, **numbers),
+    )
     found = {"q": q, "k": k, "v": v}
     if op == "delta":
         found |= {"k": torch.nn.functional.normalize(k, dim=-1), "beta": torch.rand(B, length, G, **numbers)}

@@ -71,15 +71,24 @@ def test_mixers_bite(case):
 ONE_PREFILL = [13, *range(14, LENGTH + 1)]
 
 
+def cannot(own: torch.Tensor, wanted: torch.Tensor) -> None:
+    """A row of OWN_LIMITS is true."""
+    assert error(own, wanted) > FAMILY, "the teacher can do it after all: remove the row"
+
+
 def test_chunks_and_steps_are_the_full_pass(case):
-    limited = "chunks" in case.limits or "steps" in case.limits
-    if limited:
-        cannot = STEPS if "chunks" in case.limits else ONE_PREFILL
-        assert error(chunked(case.teacher, case.ids, cannot)[0], case.teacher_logits) > FAMILY, "the teacher can do it after all: remove the row"
+    cuts, mask = STEPS, None
+    if "maskless" in case.limits:
+        cannot(chunked(case.teacher, case.ids, ONE_PREFILL)[0], case.teacher_logits)
+        mask = torch.ones_like(case.ids)
+    if "chunks" in case.limits:
+        cannot(chunked(case.teacher, case.ids, STEPS, mask)[0], case.teacher_logits)
+        cuts = ONE_PREFILL
     if "steps" in case.limits:
+        cannot(chunked(case.teacher, case.ids, ONE_PREFILL, mask)[0], case.teacher_logits)
         return
     for shape, student in case.students.items():
-        assert_near(chunked(student, case.ids, ONE_PREFILL if limited else STEPS)[0], full(student, case.ids), FAMILY, shape)
+        assert_near(chunked(student, case.ids, cuts, mask)[0], full(student, case.ids), FAMILY, shape)
 
 
 WIDTH = LENGTH + 5
@@ -103,8 +112,7 @@ def positions(model, length: int) -> dict:
 def test_left_padding_changes_nothing(case):
     ids, mask = left_padded(case.ids, LENGTHS, WIDTH)
     if "padding" in case.limits:
-        own = real(full(case.teacher, ids, **padded_inputs(case.teacher, mask, 0, WIDTH)))
-        assert error(own, alone(case.teacher, case.ids)) > FAMILY, "the teacher can do it after all: remove the row"
+        cannot(real(full(case.teacher, ids, **padded_inputs(case.teacher, mask, 0, WIDTH))), alone(case.teacher, case.ids))
         return
     for shape, student in case.students.items():
         assert_near(real(full(student, ids, **padded_inputs(student, mask, 0, WIDTH))), alone(student, case.ids), FAMILY, shape)
@@ -116,8 +124,7 @@ def test_left_padding_with_a_cache_changes_nothing(case):
         return
     cuts = [10, 17, *range(18, WIDTH + 1)]
     if "chunks" in case.limits or "padded chunks" in case.limits:
-        own = error(real(chunked(case.teacher, ids, cuts, mask)[0]), alone(case.teacher, case.ids))
-        assert own > FAMILY, "the teacher can do it after all: remove the row"
+        cannot(real(chunked(case.teacher, ids, cuts, mask)[0]), alone(case.teacher, case.ids))
         cuts = [WIDTH - 2, WIDTH - 1, WIDTH]
     for shape, student in case.students.items():
         assert_near(real(chunked(student, ids, cuts, mask)[0]), alone(student, case.ids), FAMILY, shape)

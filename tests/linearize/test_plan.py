@@ -15,12 +15,17 @@ from subquad.linearize.params import mixer_parameters
 from subquad.linearize.state import cache_bytes
 
 SHAPES = {"all": None, "some": [1], "heads": {0: [0], 1: [1]}}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 24}
 FAMILIES = {
     "llama": {},
     "gemma2": {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8},
     "deepseek_v3": {
-        **{"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 24},
-        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32},
+        **LATENT,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
     },
 }
 

@@ -39,7 +39,9 @@ def test_config_and_model_give_one_plan(config):
 
 def test_planning_takes_no_memory_and_changes_nothing(config):
     """A model of 70 billion parameters is planned on any machine."""
-    large = AutoConfig.for_model("llama", hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672)
+    large = AutoConfig.for_model(
+        "llama", hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672
+    )
     before = large.to_dict()
     plan = subquad.plan(large, mixer="gla")
     assert len(plan.converted) == 80 and large.to_dict() == before
@@ -94,7 +96,10 @@ PROBLEMS = {
     "option type": (dict(mixer="gla", options={"rank": True}), ["options.rank: expected a int, got True."]),
     "options of window": (dict(options={"decay": "none"}), ["options.decay: mixer 'window' takes no options."]),
     "signed features": (dict(mixer="gla", options={"feature_map": "unit"}), ["write additive divides by a sum"]),
-    "delta without unit keys": (dict(mixer="gla", options={"write": "delta"}), ["use feature_map unit", "combine gated and decay none or scalar"]),
+    "delta without unit keys": (
+        dict(mixer="gla", options={"write": "delta"}),
+        ["use feature_map unit", "combine gated and decay none or scalar"],
+    ),
     "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert: kept exact."]),
     "several": (
         dict(window=0, sinks=-2, layers=[9], exact={0: [5], 8: [0]}),
@@ -116,7 +121,11 @@ def test_problems_are_named_all_at_once(config, what):
 
 MODELS = {
     "not causal": ("bert", {}, "not causal"),
-    "chunked attention, named": ("llama4_text", {"head_dim": 16, "num_local_experts": 4, "attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 3}, "in chunks"),
+    "chunked attention, named": (
+        "llama4_text",
+        {"head_dim": 16, "num_local_experts": 4, "attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 3},
+        "in chunks",
+    ),
     "no language model": ("vit", {}, "No causal language model is known for model type 'vit'"),
 }
 

@@ -11,6 +11,7 @@ from tolerances import FAMILY, assert_near, error
 import subquad
 from subquad import UserError
 from subquad.linearize.mixers import MIXERS
+from subquad.linearize.modes import as_teacher
 from subquad.linearize.params import attention_parameters, linear_names, mixer_parameters
 from subquad.linearize.seam import seams
 
@@ -41,8 +42,28 @@ def test_argument_that_cannot_be_honoured_is_refused(student, name):
 def test_argument_of_an_unconverted_layer_is_its_own_business(tiny_llama):
     """The same argument is fine while the model runs as its teacher."""
     student = student_of(tiny_llama, **ARGUMENTS)
-    with subquad.linearize.modes.as_teacher(student):
+    with as_teacher(student):
         assert full(student, IDS, some_new_float_tensor=torch.zeros(1)).isfinite().all()
+
+
+# --- what a mixer is given ---------------------------------------------------------------------------------------------------------
+
+
+def test_mixer_gets_the_layer_input_and_its_own_heads(tiny_llama):
+    """Query head h belongs to key/value head h // R. At position 0 rotary embedding does nothing, so q, k, v are plain projections."""
+    student = student_of(tiny_llama, mixer="gla", window=4, sinks=2, exact={1: [0]})
+    layer, seen = student.model.layers[1], {}
+    layer.self_attn.mixer.register_forward_pre_hook(lambda m, args: seen.update(call=args[0]))
+    layer.input_layernorm.register_forward_hook(lambda m, args, out: seen.update(hidden=out))
+    with torch.no_grad():
+        full(student, IDS)
+        call, hidden, attention = seen["call"], seen["hidden"], layer.self_attn
+        assert torch.equal(call.hidden_BTD, hidden) and call.scale == attention.scaling and call.state is None
+        q, k, v = (f(hidden)[:, 0].unflatten(-1, (-1, 16)) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+    assert call.q_BTGRK.shape == (2, 16, 1, 2, 16)
+    assert_near(call.q_BTGRK[:, 0, 0], q[:, 2:4], FAMILY)
+    assert_near(call.k_BTGK[:, 0, 0], k[:, 1], FAMILY)
+    assert_near(call.v_BTGV[:, 0, 0], v[:, 1], FAMILY)
 
 
 # --- the implementation behind the seam --------------------------------------------------------------------------------------------

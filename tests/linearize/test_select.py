@@ -1,5 +1,7 @@
 """From scores to heads within a budget."""
 
+from itertools import pairwise
+
 import pytest
 from helpers import SIZES
 from transformers import AutoConfig
@@ -50,7 +52,7 @@ def test_without_scores_evenly_spread():
     config = AutoConfig.for_model("llama", **{**SIZES, "num_hidden_layers": 8, "num_key_value_heads": 1})
     plan = choose(config, scores=None, granularity="layer", kv_bytes=0.4, at=AT, **ARGUMENTS)
     layers = sorted(i for i, _ in kept(plan))
-    assert len(layers) == 3 and all(b - a >= 2 for a, b in zip(layers, layers[1:], strict=False)), layers
+    assert len(layers) == 3 and all(b - a >= 2 for a, b in pairwise(layers)), layers
     assert kept(plan) < kept(choose(config, scores=None, granularity="layer", kv_bytes=0.6, at=AT, **ARGUMENTS))
 
 
@@ -73,5 +75,5 @@ def test_impossible_budget_says_what_is_possible(config):
 
 @pytest.mark.parametrize("scores", [{0: [1.0, 1.0]}, {**SCORES, 1: [0.5]}])
 def test_scores_of_another_model_are_refused(config, scores):
-    with pytest.raises(UserError, match="do not fit this model: layers .*1"):
+    with pytest.raises(UserError, match=r"do not fit this model: layers .*1"):
         choose(config, scores=scores, kv_bytes=0.5, at=AT, **ARGUMENTS)

@@ -85,7 +85,7 @@ def test_a_window_holds_no_view_of_the_prompt(student):
 
 def test_static_cache_is_refused_by_name(student):
     cache = StaticCache(config=student.config, max_cache_len=32)
-    with pytest.raises(UserError, match="Static.* cannot hold the state.*default dynamic cache"):
+    with pytest.raises(UserError, match=r"Static.* cannot hold the state.*default dynamic cache"):
         student(input_ids=tokens(1, 5), past_key_values=cache, use_cache=True)
     with pytest.raises(UserError, match="Static"):
         student.generate(tokens(1, 5), max_new_tokens=2, cache_implementation="static")
@@ -128,5 +128,5 @@ def test_going_back_is_refused(student):
     ids, cache = filled(student)
     with pytest.raises(UserError, match="no way back"):
         cache.layers[0].crop(-2)
-    with pytest.raises(ValueError, match="no way back|crop|rollback"):
+    with pytest.raises(ValueError, match=r"no way back|crop|rollback"):
         student.generate(ids[:1].repeat(1, 3), max_new_tokens=8, min_new_tokens=8, prompt_lookup_num_tokens=2, do_sample=False)
