@@ -13,7 +13,7 @@ import torch
 from tolerances import MIXER, MIXER_GRADIENT, assert_near, error
 
 from subquad.linearize.layout import packed, padded
-from subquad.linearize.mixers import MIXERS, build
+from subquad.linearize.mixers import MIXERS, build, pieces
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
 from subquad.linearize.mixers.definition import definition
 from subquad.linearize.mixers.feature_maps import FEATURE_MAPS
@@ -174,13 +174,7 @@ def test_state_is_fp32_and_small(case):
     assert state.memory is None or state.memory.dtype == torch.float32
     assert [x.shape for x in state.tensors()] == sizes and state.window_k.shape[1] == W
     if state.memory is not None:
-        assert state.memory[0].numel() * 4 == mixer.memory_bytes(mixer.shape, **_pieces(case))
-
-
-def _pieces(case):
-    from subquad.linearize.mixers import pieces
-
-    return pieces(*CASES[case])
+        assert state.memory[0].numel() * 4 == mixer.memory_bytes(mixer.shape, **pieces(*CASES[case]))
 
 
 LENGTHS = (30, 13, 3, 0)  # the last row is nothing but padding
