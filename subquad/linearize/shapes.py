@@ -125,11 +125,15 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
     found = [_found(candidates[m], m, *entry[1:6], config, problems.get(m, ""), cached.get(m, 0)) for m, entry in entries.items()]
     _seen.clear()
     _inputs.clear()
+    if not found and failure and model._supports_attention_backend:
+        raise UserError(
+            f"Model type {config.model_type!r} cannot be converted: its attention layers could not be found, because its layers do not run on tensors "
+            f"without data ({type(failure).__name__}: {str(failure).splitlines()[0]})."
+        )
     if not found:
-        detail = f" (while looking: {type(failure).__name__}: {str(failure).splitlines()[0]})" if failure else ""
         raise UserError(
             f"Model type {config.model_type!r} cannot be converted: its attention does not go through transformers' attention interface, "
-            f"which is where a mixer is put in. Models such as llama, qwen, mistral, gemma, phi, gpt2 or gpt_neox do.{detail}"
+            "which is where a mixer is put in. Models such as llama, qwen, mistral, gemma, phi, gpt2 or gpt_neox do."
         )
     return sorted(found, key=lambda f: f.index)
 

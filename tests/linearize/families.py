@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "megatron-bert": ({"is_decoder": True}, PAST),
     "mamba": ({}, PAST),
     "rwkv": ({}, PAST),
-    "jetmoe": ({"kv_channels": 16, "num_local_experts": 4}, PAST),
+    "jetmoe": ({"kv_channels": 16, "num_local_experts": 4}, "without data"),
     "diffllama": ({}, "more than once"),
     "mvp": (DECODER, PAST),
     "zamba2": ({"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_key_value_heads": 4}, "more than once"),
