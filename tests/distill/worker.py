@@ -4,6 +4,7 @@ Usage: worker.py FOLDER SAVE_EVERY_SECONDS PAUSE, with tests/ and the repository
 so that a signal arrives in the middle of a stage on a busy machine too.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -52,7 +53,8 @@ def main(folder: Path, save_every_seconds: float, pause: float) -> None:
             rewind=log.rewind,
             save_every_seconds=save_every_seconds,
         )
-        print(now.name, "skipped" if result.skipped else "ran", result.losses, flush=True)
+        # One write a line: two processes share this pipe, and print() writes its parts one by one.
+        os.write(1, f"{now.name} {'skipped' if result.skipped else 'ran'} {result.losses}\n".encode())
     merge_lora(model)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "final.safetensors")
 
