@@ -19,7 +19,7 @@ from subquad.distill.lora import add_lora, merge_lora
 from subquad.distill.losses import LOGIT_LOSSES, NEEDS_TEACHER
 from subquad.distill.objectives import Objective, live_teacher, logits_objective, same_weights, transfer_objective
 from subquad.distill.stage import Stage
-from subquad.linearize.modes import as_teacher, transfer
+from subquad.linearize.modes import as_teacher, calibrate, transfer
 from subquad.linearize.params import attention_parameters, linear_names, mixer_parameters
 from subquad.progress import Reporter
 
@@ -64,6 +64,9 @@ def heal_stage(
     report: Reporter,
 ) -> int:
     """One stage, in place; returns its tokens. Adapters are merged into the weights they adapt when it ends."""
+    batches = Batches(tokens, context=stage.context, batch=stage.batch, repeat=stage.repeat, seed=seed)
+    if stage.inputs == "teacher":
+        calibrate(student, batches[0].to(student.device))
     parameters = trainable(student, stage, seed)
     count = sum(parameter.numel() for parameter in parameters.values())
     report.line(f"{stage.name}: train {stage.train}, {count:,} parameters, {stage.steps} steps of {stage.batch} x {stage.context} tokens")
@@ -72,7 +75,7 @@ def heal_stage(
         model=student,
         parameters=parameters,
         objective=make_objective(stage, student, teacher),
-        batches=Batches(tokens, context=stage.context, batch=stage.batch, repeat=stage.repeat, seed=seed),
+        batches=batches,
         folder=folder,
         log=log,
         report=report,

@@ -64,6 +64,7 @@ class SelectSection(Section):
     lr: Positive = 0.05
     price: Annotated[Number, Field(ge=0)] = 0.05  # nats per token that keeping every head exact costs
     repeat: Share = 1.0  # share of sequences that are one passage twice
+    mixed_precision: Literal["no", "bf16"] = "no"
 
     @model_validator(mode="after")
     def _heads_belong_to_list(self):

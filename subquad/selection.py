@@ -101,6 +101,7 @@ def gates_stage(chosen: SelectSection) -> Stage:
         batch=chosen.batch,
         lr=chosen.lr,
         repeat=chosen.repeat,
+        mixed_precision=chosen.mixed_precision,
     )
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def run_stage(
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
 
-            with accelerator.autocast():
+            with _precision(stage, accelerator):
                 values = objective(batch_BT, accelerator.backward)
             values, stopping = _over_processes(accelerator, parameters, values, stop.requested)
             norm = float(accelerator.clip_grad_norm_(list(parameters.values()), stage.clip))
@@ -146,6 +146,11 @@ def _optimizer(stage: Stage, parameters: Mapping[str, nn.Parameter]) -> torch.op
     groups = [{"params": [each], "weight_decay": stage.weight_decay if each.ndim > 1 else 0.0} for each in parameters.values()]
     fused = all(each.device.type in ("cpu", "cuda") for each in parameters.values())  # 27 M parameters, one CPU core: 62 ms instead of 142
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, fused=fused)
+
+
+def _precision(stage: Stage, accelerator: Accelerator) -> AbstractContextManager:
+    """The stage's own choice; otherwise accelerate's (`accelerate launch --mixed_precision`)."""
+    return torch.autocast(accelerator.device.type, torch.bfloat16) if stage.mixed_precision == "bf16" else accelerator.autocast()
 
 
 @contextmanager

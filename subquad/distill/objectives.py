@@ -73,7 +73,7 @@ def logits_objective(
     def objective(batch_BT: Tensor, backward: Callable[[Tensor], None]) -> dict[str, float]:
         labels_N = next_tokens(batch_BT).flatten()
         if not plain:
-            with teacher() if asks_teacher else nullcontext(model) as asked:
+            with teacher() if asks_teacher else nullcontext(model) as asked, torch.autocast(batch_BT.device.type, enabled=False):
                 plain.append(all(has_plain_head(module, batch_BT[:1, :8]) for module in {model, asked}))
         read = _hidden if plain[0] else _logits
         expected, expected_head = None, None

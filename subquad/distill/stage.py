@@ -72,6 +72,7 @@ class Stage(BaseModel):
     betas: tuple[Annotated[Share, Field(lt=1)], Annotated[Share, Field(lt=1)]] = (0.9, 0.95)
     repeat: Share = 0.0  # share of the sequences that are one passage of context/2 tokens twice
     temperature: Positive = 1.0  # of the kl loss
+    mixed_precision: Literal["no", "bf16"] = "no"  # bf16: matrix products in bf16 by autocast; weights, states and losses stay fp32
     lora: Lora = Lora()
 
     @field_validator("losses")

@@ -6,6 +6,7 @@ Key: B batch, T tokens, G key/value heads, H query heads, V value size.
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -25,6 +26,22 @@ def transfer(model: nn.Module, on_layer: Callable[[int, Tensor, Tensor, Tensor |
     or None. Run the model under torch.no_grad().
     """
     return mode(model, "transfer", on_layer=on_layer)
+
+
+def calibrate(model: nn.Module, ids_BT: Tensor) -> None:
+    """Start values that depend on text, set from one teacher pass over ids_BT [B, T], in place: the joint normaliser's weight (Cell).
+
+    Mixers without such values, and those trained already, stay as they are.
+    """
+    mixers = [seam.module.mixer for seam in seams(model) if hasattr(seam.module.mixer, "calibrating")]
+    try:
+        for mixer in mixers:
+            mixer.calibrating = True
+        with torch.no_grad(), transfer(model, lambda *_: None):
+            model.base_model(input_ids=ids_BT, use_cache=False)
+    finally:
+        for mixer in mixers:
+            mixer.calibrating = False
 
 
 @contextmanager

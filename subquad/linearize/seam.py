@@ -231,7 +231,8 @@ def run_mixer(
             layout.gather(x) for x in (call.q_BTGRK, call.k_BTGK, call.v_BTGV, hidden)
         )
         call.real_BT, call.fewest = layout.real_DL, layout.fewest
-    out = mixer(call)
+    with torch.autocast(q.device.type, enabled=False):  # states and normalisers are fp32 whatever the model is trained in
+        out = mixer(call)
     if layout is not None:
         out = layout.scatter(out, B, T)
     return out.flatten(2, 3).contiguous()  # as transformers' own functions return it: some modules call .view on it

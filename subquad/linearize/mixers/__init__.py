@@ -38,12 +38,12 @@ MIXERS = {
     "window_linear": Preset(
         "window + linear attention of everything older under one normaliser, Hedgehog features",
         "A03 G02",
-        pieces=dict(feature_map="hedgehog_softmax2", decay="none", write="additive", combine="joint", mass=-1.0),
+        pieces=dict(feature_map="hedgehog_softmax", decay="none", write="additive", combine="joint", mass=-1.0),
     ),
     "gla": Preset(
         "window + vector-gated linear attention, each with its own normaliser, mixed by a gate (Lizard)",
         "C01",
-        pieces=dict(feature_map="hedgehog_softmax2", decay="vector", write="additive", combine="gated", mass=-2.0),
+        pieces=dict(feature_map="hedgehog_softmax", decay="vector", write="additive", combine="gated", mass=-2.0),
     ),
     "gated_delta": Preset(
         "window + gated delta rule, mixed by a gate",

@@ -5,6 +5,8 @@
 Presets (presets.py) name the pieces. Key: as in base.py; F features.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -17,6 +19,7 @@ from subquad.linearize.mixers.gates import InputGate, log_decay
 from subquad.linearize.mixers.local import Local, local_attention
 
 TINY = torch.finfo(torch.float32).tiny
+START = 0.1  # share of the joint normaliser that `calibrate` gives the linear branch before any training
 
 
 def _some_older(local: Local) -> Tensor:
@@ -48,6 +51,7 @@ class Cell(Mixer):
     ):
         super().__init__(shape, window, sinks)
         self.write, self.combine, self.decay_kind = write, combine, decay
+        self.calibrating = False  # set by modes.calibrate for one pass
         G, R, K = shape.kv_heads, shape.groups, shape.key
         # q.k / sqrt(K) split evenly over both sides, so that W = identity gives features of the teacher's logit scale.
         scale = K**-0.25 if FEATURE_MAPS[feature_map].positive else 1.0
@@ -88,6 +92,8 @@ class Cell(Mixer):
         values = torch.cat([local.left_v.float(), torch.ones_like(local.left_v[..., :1], dtype=torch.float32)], -1)
         y, memory = additive_chunk(self.map_q(call.q_BTGRK), keys, values, decay, memory)
         numerator, denominator = y[..., :-1], y[..., -1]
+        if self.calibrating and self.combine == "joint":
+            self._calibrate(local, denominator)
         mix = self.mix(call.hidden_BTD)
         if self.combine == "joint":
             # A branch without tokens must not set the maximum: the window's sums would underflow under it, or the product with its empty sums overflow.
@@ -99,6 +105,20 @@ class Cell(Mixer):
         linear = numerator / denominator.clamp_min(1e-6).unsqueeze(-1)
         share = torch.sigmoid(mix) * _some_older(local)
         return torch.lerp(local.output(), linear, share.unsqueeze(-1)), memory
+
+    @torch.no_grad()
+    def _calibrate(self, local: Local, denominator: Tensor) -> None:
+        """Set each query head's log weight so that the linear branch holds the share START of the normaliser, in the geometric mean over tokens.
+
+        The window's log sum is 4 to 8 nats, differs by head, and an untrained map's sums lie far below it: from one constant for all heads the
+        linear branch gets next to no gradient where it is needed most. A gate that has been trained (weight not zero) is left alone.
+        """
+        seen_BT = local.left_BT
+        if bool(self.mix.weight.any()) or not bool(seen_BT.any()):
+            return
+        ratio_BTGR = local.top + local.denominator.clamp_min(TINY).log() - denominator.clamp_min(TINY).log()
+        mean_GR = ratio_BTGR[seen_BT.expand(ratio_BTGR.shape[:2])].mean(0)
+        self.mix.bias.copy_((mean_GR + math.log(START / (1 - START))).flatten())
 
     def _read_delta(self, call: AttentionCall, local: Local, decay: Tensor | None, memory: Tensor | None):
         beta = local.left_extra.squeeze(-1) * local.left_BT.unsqueeze(-1)
