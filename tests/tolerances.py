@@ -3,14 +3,14 @@
 from torch import Tensor
 
 # fp32 arithmetic has a relative step of 6e-8; a few layers of sums in another order lose one to two digits of it.
-FAMILY = 1e-5  # logits of tiny models with three layers, relative to the largest logit (the bar of issue 2, point 3)
+FAMILY = 1e-5  # logits of tiny models with three layers, relative to the largest logit (the project's bar)
 MIXER = 1e-4  # one mixer against its O(T^2) definition: sums over hundreds of tokens and quotients of such sums
 MIXER_GRADIENT = 1e-3  # its gradients: differences of such quotients; measured 1e-6 to 1e-4
 OP = 2e-5  # an op in fp32 against its definition in fp64, relative to the largest number of the result; measured 1e-7 to 3e-6
 OP_GRADIENT = 1e-4  # its gradients: products of two such sums; measured 1e-7 to 1e-5
 SAME_NUMBERS = 0.0  # the same kernels on the same numbers: restore, as_teacher, reload of fp32 weights
-FOLDER = 1e-4  # logits of a folder loaded in another process (the bar of issue 2, point 2)
-BYTES = 0.05  # planned bytes over measured bytes (the bar of issue 2, point 6)
+FOLDER = 1e-4  # logits of a folder loaded in another process (the project's bar)
+BYTES = 0.05  # planned bytes over measured bytes (the project's bar)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

@@ -39,6 +39,17 @@ def test_it_learns_and_moves_nothing_else(tmp_path, settings):
     assert moved == set(mixers(model))
 
 
+@pytest.mark.parametrize("settings", [{}, {"inputs": "teacher", "losses": {"attention_output": 1}}], ids=["kl", "transfer"])
+def test_bf16_products_leave_weights_in_fp32_and_nearly_the_same_losses(tmp_path, settings):
+    outcomes = {}
+    for precision in ("no", "bf16"):
+        model, _, rows = run(tmp_path / precision, mixed_precision=precision, **settings)
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        outcomes[precision] = [row["loss"] for row in rows]
+    assert outcomes["bf16"] != outcomes["no"]
+    assert outcomes["bf16"] == pytest.approx(outcomes["no"], rel=0.05)
+
+
 def test_rows(tmp_path):
     _, result, rows = run(tmp_path, warmup=0.2)
     assert list(rows[0]) == ["stage", "step", "steps", "tokens", "loss", "kl", "lr", "grad_norm", "tokens_per_second", "time"]

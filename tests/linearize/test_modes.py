@@ -9,7 +9,7 @@ from tolerances import FAMILY, assert_near, error
 import subquad
 from subquad import UserError
 from subquad.linearize.mixers import MIXERS
-from subquad.linearize.modes import as_teacher, gated, transfer
+from subquad.linearize.modes import as_teacher, calibrate, gated, transfer
 from subquad.linearize.params import mixer_parameters
 
 SPLIT = {0: [1], 2: [0]}  # layer 1 is converted whole
@@ -122,3 +122,63 @@ def test_gates_are_per_head_and_get_gradients(student):
 def test_modes_need_a_converted_model(teacher):
     with pytest.raises(UserError, match="no converted layers"), as_teacher(teacher):
         pass
+
+
+def shares(student) -> dict:
+    """layer -> [B, T', G, R] of ln(linear / softmax mass) at the tokens that have older ones, by the plain sums of definition.py."""
+    from subquad.linearize.mixers.definition import _similarity
+
+    calls = {}
+    hooks = [
+        module.mixer.register_forward_pre_hook(lambda m, inputs, i=i: calls.__setitem__(i, (m, inputs[0])))
+        for i, module in enumerate(layer.self_attn for layer in student.model.layers)
+    ]
+    with torch.no_grad():
+        heard(student, IDS)
+        found = {}
+        for i, (mixer, call) in calls.items():
+            T = call.q_BTGRK.shape[1]
+            t, j = torch.arange(T)[:, None], torch.arange(T)[None]
+            older = (j <= t - mixer.window) & (j >= mixer.sinks)
+            near = (j <= t) & ~older
+            scores = torch.einsum("btgrk,bjgk->bgrtj", call.q_BTGRK, call.k_BTGK) * call.scale
+            linear = (_similarity(mixer, call) * older).sum(-1) * mixer.mix(call.hidden_BTD).exp().permute(0, 2, 3, 1)
+            found[i] = (linear.log() - (scores.exp() * near).sum(-1).log())[..., older.any(1)]
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_calibrate_gives_the_linear_branch_a_tenth(teacher):
+    student = subquad.linearize(tiny_model(), subquad.plan(teacher, mixer="window_linear", **ARGUMENTS))
+    for i, ratio in shares(student).items():
+        assert ratio.exp().mean() < 0.02, f"layer {i}: the plain start is far below"
+    calibrate(student, IDS)
+    for i, ratio in shares(student).items():
+        assert_near(ratio.mean((0, 3)).sigmoid(), torch.full(ratio.shape[1:3], 0.1), 1e-3, f"layer {i}")
+    with torch.no_grad():
+        student.model.layers[0].self_attn.mixer.mix.weight[0, 0] = 1.0  # a gate that has been trained
+        student.model.layers[0].self_attn.mixer.mix.bias.zero_()
+    calibrate(student, tokens(2, 16, seed=1))
+    assert not student.model.layers[0].self_attn.mixer.mix.bias.any()
+
+
+def test_calibrate_leaves_other_mixers_alone(student):
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    calibrate(student, IDS)
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+
+
+def test_mixers_compute_in_fp32_under_autocast(student):
+    """Autocast would run the products with the recurrent state in bf16."""
+    seen = []
+    hooks = [
+        layer.self_attn.mixer.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        for layer in student.model.layers
+    ]
+    plain = full(student, IDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 1e-4 < error(full(student, IDS), plain) < 0.05
+    assert seen == [False] * 6
+    for hook in hooks:
+        hook.remove()
