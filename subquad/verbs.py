@@ -189,7 +189,7 @@ def with_state(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def lengthen(layer: MixerState, tokens: int) -> None:
     """Bring a converted layer that has filled its window to where `tokens` more would: only exact heads grow, by what they hold."""
-    if layer.keys is not None:
+    if layer.keys.shape[1]:
         places = torch.arange(tokens, device=layer.keys.device) % layer.keys.shape[2]
         layer.extend_exact(layer.keys[:, :, places], layer.values[:, :, places])
     layer.length, layer.fewest = layer.length + tokens, layer.fewest + tokens

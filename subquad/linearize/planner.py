@@ -15,6 +15,11 @@ from subquad.linearize.plan import LayerPlan, Plan
 from subquad.linearize.seam import HARMLESS, HONOURED, REFUSED
 from subquad.linearize.shapes import Found, attention_layers
 
+# The config's layer types that a mixer can stand in for. A sliding window stays at most as long as the teacher's.
+FULL = ("full_attention", "hybrid")
+CONVERTIBLE = (*FULL, "sliding_attention", "hybrid_sliding")
+_REFUSED = "refused: "
+
 Heads = Sequence[int] | Mapping[int, Sequence[int]]
 
 
@@ -44,9 +49,9 @@ def plan(
     raise_all(problems)
     heads = _heads(exact)
     if layers is None and all(_own(f) for f in found):
-        layers = [f.index for f in found if f.kind != "chunked_attention"]
+        layers = [f.index for f in found if f.kind in CONVERTIBLE] or None
     rows = [_layer(f, mixer, window, sinks, heads.get(f.index, ()), layers) for f in found]
-    raise_all([row.why for row in rows if row.why.startswith("Layer")])
+    raise_all(_refusals(rows, config.model_type))
     if not any(row.mixer for row in rows):
         raise_all(
             [
@@ -113,7 +118,7 @@ def _heads(exact: Heads | None) -> dict[int, tuple[int, ...] | None]:
 
 def _own(f: Found) -> bool:
     """The teacher already runs something cheaper than full attention here."""
-    return f.window is not None or f.kind not in ("full_attention", "hybrid")
+    return f.window is not None or f.kind not in FULL
 
 
 def _layer(f: Found, mixer: str, window: int, sinks: int, kept: tuple[int, ...] | None, layers: Sequence[int] | None) -> LayerPlan:
@@ -125,24 +130,34 @@ def _layer(f: Found, mixer: str, window: int, sinks: int, kept: tuple[int, ...] 
         return replace(row, why="kept exact")
     if _own(f) and not named:
         return replace(row, why=f"the teacher runs {f.kind if f.window is None else f'a window of {f.window}'} here")
-    problem = _refusal(f, mixer, kept)
+    problem = _refusal(f)
     if problem:
-        return replace(row, why=f"Layer {f.index}: {problem}")
+        return replace(row, why=_REFUSED + problem)
     if f.window is not None:
         window = min(window, f.window)
     return replace(row, mixer=mixer, exact=kept, window=window, sinks=sinks)
 
 
-def _refusal(f: Found, mixer: str, kept: tuple[int, ...]) -> str:
-    refused = [a for a in f.arguments if a in REFUSED]
+def _refusals(rows: list[LayerPlan], model_type: str) -> list[str]:
+    """One sentence for all layers that are refused for the same reason."""
+    layers: dict[str, list[int]] = {}
+    for row in rows:
+        if row.why.startswith(_REFUSED):
+            layers.setdefault(row.why.removeprefix(_REFUSED), []).append(row.index)
+    return [f"Layer{'s' * (len(which) > 1)} {_ranges(sorted(set(which)))} of {model_type!r}: {why}" for why, which in layers.items()]
+
+
+def _refusal(f: Found) -> str:
+    """Why no mixer can stand here; nothing if one can."""
+    refused = [a for a in f.arguments if a in REFUSED or (a in f.tensors and a not in HONOURED | HARMLESS)]
     if refused:
-        return f"its attention takes {', '.join(refused)}, which a mixer cannot honour ({', '.join(sorted(HONOURED | HARMLESS))} are fine). Keep it exact."
+        return f"its attention takes {', '.join(refused)}, which a mixer cannot honour. Keep it exact."
     if f.problem:
         return f.problem
     if not f.causal:
-        return "its attention is not causal; only causal attention is converted."
+        return "its attention is not causal; only causal attention is converted (a decoder's config may have to say is_decoder=True)."
     if f.query_heads % f.kv_heads:
         return f"{f.query_heads} query heads do not divide over {f.kv_heads} key/value heads."
-    if f.kind == "chunked_attention":
-        return "the teacher attends in chunks here; a sliding window would not be the same. Leave it out of `layers`."
+    if f.kind not in CONVERTIBLE:
+        return f"the teacher runs {f.kind} here, which a window or a state would not be. Leave it out of `layers`."
     return ""

@@ -124,9 +124,9 @@ MODELS = {
     "chunked attention, named": (
         "llama4_text",
         {"head_dim": 16, "num_local_experts": 4, "attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 3},
-        "in chunks",
+        "runs chunked_attention here",
     ),
-    "no language model": ("vit", {}, "No causal language model is known for model type 'vit'"),
+    "no language model": ("vit", {}, "cannot build a causal language model of type 'vit'"),
 }
 
 
