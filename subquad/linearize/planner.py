@@ -55,7 +55,7 @@ def plan(
     if not any(row.mixer for row in rows):
         raise_all(
             [
-                f"Nothing to convert: {'; '.join(sorted({row.why or 'kept exact' for row in rows}))}. Name layers, or keep fewer of them exact."
+                f"Nothing to convert in {config.model_type!r}: {'; '.join(sorted({row.why or 'kept exact' for row in rows}))}. Name layers, or keep fewer of them exact."
             ]
         )
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
@@ -104,7 +104,7 @@ def _check_layers(found: list[Found], exact: Heads | None, layers: Sequence[int]
 
 
 def _ranges(numbers: list[int]) -> str:
-    return f"{numbers[0]}..{numbers[-1]}" if numbers == list(range(numbers[0], numbers[-1] + 1)) else ", ".join(map(str, numbers))
+    return f"{numbers[0]}..{numbers[-1]}" if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)) else ", ".join(map(str, numbers))
 
 
 def _heads(exact: Heads | None) -> dict[int, tuple[int, ...] | None]:
@@ -140,11 +140,11 @@ def _layer(f: Found, mixer: str, window: int, sinks: int, kept: tuple[int, ...] 
 
 def _refusals(rows: list[LayerPlan], model_type: str) -> list[str]:
     """One sentence for all layers that are refused for the same reason."""
-    layers: dict[str, list[int]] = {}
+    layers: dict[str, set[int]] = {}
     for row in rows:
         if row.why.startswith(_REFUSED):
-            layers.setdefault(row.why.removeprefix(_REFUSED), []).append(row.index)
-    return [f"Layer{'s' * (len(which) > 1)} {_ranges(sorted(set(which)))} of {model_type!r}: {why}" for why, which in layers.items()]
+            layers.setdefault(row.why.removeprefix(_REFUSED), set()).add(row.index)
+    return [f"Layer{'s' * (len(which) > 1)} {_ranges(sorted(which))} of {model_type!r}: {why}" for why, which in layers.items()]
 
 
 def _refusal(f: Found) -> str:

@@ -8,6 +8,7 @@ Key: B batch, T tokens, H query heads, G key/value heads, K key size, V value si
 """
 
 import copy
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from subquad.errors import UserError
 
@@ -54,7 +56,8 @@ def _record(module, query, key, value, attention_mask=None, **kwargs):
     given = {_storage(x) for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor)}
     own_mask = isinstance(attention_mask, torch.Tensor) and _storage(attention_mask) not in given  # a part of what the model gave it is not
     hidden = next((x.shape[-1] for x in (*args, *named.values()) if isinstance(x, torch.Tensor) and x.dim() == 3), 0)
-    _seen.append((module, hidden, query.shape, key.shape, value.shape, {k: v for k, v in kwargs.items() if v is not None}, own_mask))
+    arguments = {k: v for k, v in kwargs.items() if v is not None}
+    _seen.append((module, hidden, query.shape, key.shape, value.shape, arguments, own_mask, key))
     B, H, T, _ = query.shape
     return value.new_zeros(B, T, H, value.shape[-1]), None
 
@@ -108,9 +111,11 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
     try:
         model = empty_model(config, cls)
     except Exception as error:  # whatever the model's own code makes of the config
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(f"transformers has no causal language model for model type {config.model_type!r}; give one that it has.") from error
         raise UserError(
             f"transformers cannot build a causal language model of type {config.model_type!r} from this config "
-            f"({type(error).__name__}: {_first_line(error)}). Give a causal model, complete its config.json, or install what it asks for."
+            f"({type(error).__name__}: {_first_line(error)}). Complete its config.json, or install what it asks for."
         ) from error
     candidates = {m: name for name, m in model.named_modules() if _is_candidate(m)}
     handles = [m.register_forward_pre_hook(lambda m, a, k: _inputs.__setitem__(type(m), (a, k)), with_kwargs=True) for m in candidates]
@@ -167,18 +172,29 @@ def _problems() -> dict[nn.Module, str]:
     calls = Counter(entry[0] for entry in _seen)
     layers = Counter(module.layer_idx for module in calls)
     problems = {}
-    for module, _, _, key, _, _, own_mask in _seen:
+    owners: dict[int, set] = {}
+    for module, *_, key in _seen:
+        owners.setdefault(_storage(key), set()).add(module)
+    for module, _, _, shape, _, _, own_mask, key in _seen:
         if calls[module] > 1 or module.layer_idx < 0 or layers[module.layer_idx] > 1:
             problems[module] = (
                 "it attends more than once per token (shared between layers, or two softmaxes), and a mixer has one state. Keep it exact."
             )
-        elif key[2] != TOKENS:
+        elif len(owners[_storage(key)]) > 1:
+            problems[module] = "it shares its keys with another layer, and a mixer has them to itself. Keep it exact."
+        elif not _takes_cache(module):
+            problems[module] = "it keeps its keys elsewhere than in a transformers cache. Keep it exact."
+        elif shape[2] != TOKENS:
             problems[module] = "it attends to something else than one key per token. Keep it exact."
         elif own_mask:
             problems[module] = (
                 "it makes an attention mask of its own out of what it computes, which a recurrent state cannot honour. Keep it exact."
             )
     return problems
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return any(name.startswith(("past_key_value", "layer_past")) for name in inspect.signature(module.forward).parameters)
 
 
 def _cached(modules: Iterable[nn.Module]) -> dict[nn.Module, int]:

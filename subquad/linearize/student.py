@@ -145,8 +145,12 @@ def student_config(model: PreTrainedModel) -> SubquadConfig:
         "num_attention_heads",
         "max_position_embeddings",
     ):
-        if getattr(model.config, key, None) is not None:
-            setattr(config, key, getattr(model.config, key))
+        try:
+            value = getattr(model.config, key, None)
+        except Exception:  # transformers' own refusal of a number that differs from layer to layer
+            continue
+        if value is not None:
+            setattr(config, key, value)
     return config
 
 
