@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from subquad.errors import raise_all
+from subquad.errors import UserError, raise_all
 from subquad.linearize.mixers import pieces
 from subquad.linearize.plan import LayerPlan, Plan
 from subquad.linearize.seam import HARMLESS, HONOURED, REFUSED
@@ -53,11 +53,8 @@ def plan(
     rows = [_layer(f, mixer, window, sinks, heads.get(f.index, ()), layers) for f in found]
     raise_all(_refusals(rows, config.model_type))
     if not any(row.mixer for row in rows):
-        raise_all(
-            [
-                f"Nothing to convert in {config.model_type!r}: {'; '.join(sorted({row.why or 'kept exact' for row in rows}))}. Name layers, or keep fewer of them exact."
-            ]
-        )
+        reasons = "; ".join(sorted({row.why or "kept exact" for row in rows}))
+        raise UserError(f"Nothing to convert in {config.model_type!r}: {reasons}. Name layers, or keep fewer of them exact.")
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return Plan(tuple(rows), mixer, window, sinks, options, config.model_type, dtype)
 
@@ -104,7 +101,11 @@ def _check_layers(found: list[Found], exact: Heads | None, layers: Sequence[int]
 
 
 def _ranges(numbers: list[int]) -> str:
-    return f"{numbers[0]}..{numbers[-1]}" if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)) else ", ".join(map(str, numbers))
+    return (
+        f"{numbers[0]}..{numbers[-1]}"
+        if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1))
+        else ", ".join(map(str, numbers))
+    )
 
 
 def _heads(exact: Heads | None) -> dict[int, tuple[int, ...] | None]:

@@ -112,7 +112,9 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
         model = empty_model(config, cls)
     except Exception as error:  # whatever the model's own code makes of the config
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UserError(f"transformers has no causal language model for model type {config.model_type!r}; give one that it has.") from error
+            raise UserError(
+                f"transformers has no causal language model for model type {config.model_type!r}; give one that it has."
+            ) from error
         raise UserError(
             f"transformers cannot build a causal language model of type {config.model_type!r} from this config "
             f"({type(error).__name__}: {_first_line(error)}). Complete its config.json, or install what it asks for."
