@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from subquad.inputs import prompt_ids
 from subquad.linearize import hub
-from subquad.linearize.teacher import load_teacher
+from subquad.linearize.teacher import load_teacher, load_tokenizer
 
 
 def talk(name: str, prompt: str | None, new_tokens: int, quiet: bool = False) -> list[dict[str, str]]:
@@ -35,7 +35,7 @@ def typed():
 def open_any(name: str) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a student folder or of whatever can be a teacher."""
     if Path(name).is_dir() and hub.is_student(name):
-        return hub.load(name), AutoTokenizer.from_pretrained(name)
+        return hub.load(name), load_tokenizer(name)
     return load_teacher(name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import subquad
 from subquad.distill.data import Tokens, load_documents
@@ -23,7 +23,7 @@ from subquad.folder import RunFolder
 from subquad.healing import heal
 from subquad.linearize import Plan, hub, linearize, plan, restore
 from subquad.linearize.state import MixerState, cache_bytes
-from subquad.linearize.teacher import load_teacher
+from subquad.linearize.teacher import load_teacher, load_tokenizer
 from subquad.progress import Reporter
 from subquad.recipe import EvalTasks
 from subquad.registry import lookup
@@ -143,7 +143,7 @@ def open_student(name: Path) -> tuple[PreTrainedModel, Any]:
         raise UserError(
             f"{name} is no student folder. Make one: subquad linearize MODEL --out {name}, or subquad run RECIPE (then give DIR/student)."
         )
-    return hub.load(name), AutoTokenizer.from_pretrained(name)
+    return hub.load(name), load_tokenizer(str(name))
 
 
 def original_teacher(student: PreTrainedModel, name: str | None) -> PreTrainedModel:
@@ -189,7 +189,7 @@ def with_state(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def lengthen(layer: MixerState, tokens: int) -> None:
     """Bring a converted layer that has filled its window to where `tokens` more would: only exact heads grow, by what they hold."""
-    if layer.keys is not None:
+    if layer.keys.shape[1]:
         places = torch.arange(tokens, device=layer.keys.device) % layer.keys.shape[2]
         layer.extend_exact(layer.keys[:, :, places], layer.values[:, :, places])
     layer.length, layer.fewest = layer.length + tokens, layer.fewest + tokens

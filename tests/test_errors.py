@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import save_teacher, tiny_model, tiny_recipe, tiny_tokenizer, write_recipe
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from subquad.cli import app
@@ -63,6 +64,46 @@ def corrupt_student(place):
     return folder
 
 
+def spoiled(place, of: str, damage) -> Path:
+    """A copy of the teacher, or a student of it, after `damage(folder)`."""
+    folder = place.copy_of_teacher() if of == "teacher" else student(place)
+    damage(folder)
+    return folder
+
+
+def text_named(place, name: str, data: bytes) -> Path:
+    (place.folder / name).write_bytes(data)
+    return place.folder / name
+
+
+def edit_config(**changes):
+    return lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+
+
+def lack_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("token*"):
+        path.unlink()
+
+
+DAMAGE = {  # what -> (damage, words)
+    "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged"),
+    "weights of random bytes": (lambda f: (f / "model.safetensors").write_bytes(bytes(range(256)) * 20), "damaged"),
+    "weights without a header's end": (lambda f: (f / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b'{"a":'), "damaged"),
+    "a weight missing": (lack_a_weight, "1 missing"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+    "no tokenizer": (no_tokenizer, "tokenizer"),
+    "tokenizer no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "Could not open"),
+}
+
+
 def used(place):
     place.out.mkdir()
     (place.out / "thesis.tex").write_text("years of work")
@@ -96,6 +137,24 @@ MISTAKES = {
     "student is no teacher": (lambda p: ["plan", student(p)], ["student"]),
     "no student": (lambda p: ["eval", p.teacher, "--data", p.text], ["no student folder"]),
     "no such head": (lambda p: ["plan", p.teacher, "--exact", "0:7"], ["0..1", "7"]),
+    "weights of another shape": (
+        lambda p: ["linearize", spoiled(p, "teacher", edit_config(hidden_size=32)), "--out", p.out],
+        ["of another shape"],
+    ),
+    "junk in --set": (lambda p: [*p.recipe(), "--set", "junk"], ["key=value"]),
+    "junk in --exact": (lambda p: ["plan", p.teacher, "--exact", "0:1:2"], ["layer:head"]),
+    "negative layer": (lambda p: ["plan", p.teacher, "--exact", "-1"], ["-1"]),
+    "negative window": (lambda p: p.recipe(plan={"mixer": "window", "window": -3}), ["window", "-3"]),
+    "folder as recipe": (lambda p: ["run", p.folder, "--out", p.out], ["Unknown recipe"]),
+    "recipe no YAML": (lambda p: ["run", text_named(p, "a.yaml", b"a: [b"), "--out", p.out], ["not valid YAML"]),
+    "recipe no text": (lambda p: ["run", text_named(p, "a.yaml", b"\xff\xfe"), "--out", p.out], ["Cannot read"]),
+    "recipe empty": (lambda p: ["run", text_named(p, "a.yaml", b""), "--out", p.out], ["expected a mapping"]),
+    "data no UTF-8": (lambda p: p.recipe(data={"train": str(text_named(p, "a.txt", b"caf\xe9"))}), ["a.txt", "UTF-8"]),
+    "data empty": (lambda p: p.recipe(data={"train": str(text_named(p, "a.txt", b""))}), ["holds no text"]),
+    "data a broken line": (lambda p: p.recipe(data={"train": str(text_named(p, "a.jsonl", b'{"text": "a"}\n{"te'))}), ["line 2"]),
+    "out is a file": (lambda p: ["run", *p.recipe()[1:3], p.text], ["is a file"]),
+    "encoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "bert"}').parent], ["not causal"]),
+    "encoder and decoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "t5"}').parent], ["no causal language model"]),
     "no such layer": (lambda p: ["plan", p.teacher, "--exact", "9"], ["9", "0..2"]),
 }  # fmt: skip
 
@@ -119,6 +178,16 @@ def test_mistake(place, what):
     assert all(word in stderr for word in expected), stderr
     assert "Traceback" not in stderr and len(stderr.strip().splitlines()) <= 3, stderr
     assert not place.out.exists(), f"left behind: {[entry.name for entry in place.out.iterdir()]}"
+
+
+@pytest.mark.parametrize("of", ["teacher", "student"])
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_model(place, what, of):
+    damage, words = DAMAGE[what]
+    folder = spoiled(place, of, damage)
+    code, stdout, stderr = call(["linearize", folder, "--out", place.out] if of == "teacher" else ["chat", folder, "--prompt", "a"])
+    assert code == 2 and words in stderr, stdout + stderr
+    assert "Traceback" not in stderr and not place.out.exists()
 
 
 @pytest.mark.parametrize("verb", ["run", "linearize"])

@@ -111,9 +111,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}). Save or download the model again.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged (a {type(config).__name__} where a mapping should be). Save or download the model again.")
+    return config
 
 
 def _is_disk(error: Exception) -> bool:

@@ -9,11 +9,16 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from subquad.errors import raise_all
+from subquad.errors import UserError, raise_all
 from subquad.linearize.mixers import pieces
 from subquad.linearize.plan import LayerPlan, Plan
 from subquad.linearize.seam import HARMLESS, HONOURED, REFUSED
 from subquad.linearize.shapes import Found, attention_layers
+
+# The config's layer types that a mixer can stand in for. A sliding window stays at most as long as the teacher's.
+FULL = ("full_attention", "hybrid")
+CONVERTIBLE = (*FULL, "sliding_attention", "hybrid_sliding")
+_REFUSED = "refused: "
 
 Heads = Sequence[int] | Mapping[int, Sequence[int]]
 
@@ -44,15 +49,12 @@ def plan(
     raise_all(problems)
     heads = _heads(exact)
     if layers is None and all(_own(f) for f in found):
-        layers = [f.index for f in found if f.kind != "chunked_attention"]
+        layers = [f.index for f in found if f.kind in CONVERTIBLE] or None
     rows = [_layer(f, mixer, window, sinks, heads.get(f.index, ()), layers) for f in found]
-    raise_all([row.why for row in rows if row.why.startswith("Layer")])
+    raise_all(_refusals(rows, config.model_type))
     if not any(row.mixer for row in rows):
-        raise_all(
-            [
-                f"Nothing to convert: {'; '.join(sorted({row.why or 'kept exact' for row in rows}))}. Name layers, or keep fewer of them exact."
-            ]
-        )
+        reasons = "; ".join(sorted({row.why or "kept exact" for row in rows}))
+        raise UserError(f"Nothing to convert in {config.model_type!r}: {reasons}. Name layers, or keep fewer of them exact.")
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return Plan(tuple(rows), mixer, window, sinks, options, config.model_type, dtype)
 
@@ -99,7 +101,11 @@ def _check_layers(found: list[Found], exact: Heads | None, layers: Sequence[int]
 
 
 def _ranges(numbers: list[int]) -> str:
-    return f"{numbers[0]}..{numbers[-1]}" if numbers == list(range(numbers[0], numbers[-1] + 1)) else ", ".join(map(str, numbers))
+    return (
+        f"{numbers[0]}..{numbers[-1]}"
+        if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1))
+        else ", ".join(map(str, numbers))
+    )
 
 
 def _heads(exact: Heads | None) -> dict[int, tuple[int, ...] | None]:
@@ -113,7 +119,7 @@ def _heads(exact: Heads | None) -> dict[int, tuple[int, ...] | None]:
 
 def _own(f: Found) -> bool:
     """The teacher already runs something cheaper than full attention here."""
-    return f.window is not None or f.kind not in ("full_attention", "hybrid")
+    return f.window is not None or f.kind not in FULL
 
 
 def _layer(f: Found, mixer: str, window: int, sinks: int, kept: tuple[int, ...] | None, layers: Sequence[int] | None) -> LayerPlan:
@@ -125,24 +131,34 @@ def _layer(f: Found, mixer: str, window: int, sinks: int, kept: tuple[int, ...] 
         return replace(row, why="kept exact")
     if _own(f) and not named:
         return replace(row, why=f"the teacher runs {f.kind if f.window is None else f'a window of {f.window}'} here")
-    problem = _refusal(f, mixer, kept)
+    problem = _refusal(f)
     if problem:
-        return replace(row, why=f"Layer {f.index}: {problem}")
+        return replace(row, why=_REFUSED + problem)
     if f.window is not None:
         window = min(window, f.window)
     return replace(row, mixer=mixer, exact=kept, window=window, sinks=sinks)
 
 
-def _refusal(f: Found, mixer: str, kept: tuple[int, ...]) -> str:
-    refused = [a for a in f.arguments if a in REFUSED]
+def _refusals(rows: list[LayerPlan], model_type: str) -> list[str]:
+    """One sentence for all layers that are refused for the same reason."""
+    layers: dict[str, set[int]] = {}
+    for row in rows:
+        if row.why.startswith(_REFUSED):
+            layers.setdefault(row.why.removeprefix(_REFUSED), set()).add(row.index)
+    return [f"Layer{'s' * (len(which) > 1)} {_ranges(sorted(which))} of {model_type!r}: {why}" for why, which in layers.items()]
+
+
+def _refusal(f: Found) -> str:
+    """Why no mixer can stand here; nothing if one can."""
+    refused = [a for a in f.arguments if a in REFUSED or (a in f.tensors and a not in HONOURED | HARMLESS)]
     if refused:
-        return f"its attention takes {', '.join(refused)}, which a mixer cannot honour ({', '.join(sorted(HONOURED | HARMLESS))} are fine). Keep it exact."
+        return f"its attention takes {', '.join(refused)}, which a mixer cannot honour. Keep it exact."
     if f.problem:
         return f.problem
     if not f.causal:
-        return "its attention is not causal; only causal attention is converted."
+        return "its attention is not causal; only causal attention is converted (a decoder's config may have to say is_decoder=True)."
     if f.query_heads % f.kv_heads:
         return f"{f.query_heads} query heads do not divide over {f.kv_heads} key/value heads."
-    if f.kind == "chunked_attention":
-        return "the teacher attends in chunks here; a sliding window would not be the same. Leave it out of `layers`."
+    if f.kind not in CONVERTIBLE:
+        return f"the teacher runs {f.kind} here, which a window or a state would not be. Leave it out of `layers`."
     return ""

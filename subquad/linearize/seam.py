@@ -144,7 +144,7 @@ def _check(seam: LayerSeam, kwargs: dict) -> None:
     problems = [name for name in given if name in REFUSED]
     problems += [
         name for name in given
-        if name not in HONOURED | HARMLESS | REFUSED and isinstance(kwargs[name], Tensor) and kwargs[name].is_floating_point()
+        if name not in HONOURED | HARMLESS | REFUSED and isinstance(kwargs[name], Tensor)
     ]  # fmt: skip
     if kwargs.get("dropout") and seam.module.training:
         raise UserError(

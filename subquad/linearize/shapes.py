@@ -8,6 +8,7 @@ Key: B batch, T tokens, H query heads, G key/value heads, K key size, V value si
 """
 
 import copy
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from subquad.errors import UserError
 
@@ -44,20 +46,25 @@ class Found:
     kind: str  # the config's layer type; full_attention when it says nothing
     causal: bool
     arguments: tuple[str, ...]  # what else arrives at the seam with a value
+    tensors: tuple[str, ...]  # those of them that are tensors
     cached: int = 0  # numbers per token that it puts into a cache; 0: as many as its keys and values have
     problem: str = ""  # why no mixer can stand here, whatever its kind
 
 
 def _record(module, query, key, value, attention_mask=None, **kwargs):
     args, named = _inputs[type(module)]
-    given = [x.shape[1] for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor) and x.dim() == 4]
-    own_mask = (
-        isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] not in given
-    )  # [B, 1, T, S] from the model, per head from the module
+    given = {_storage(x) for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor)}
+    own_mask = isinstance(attention_mask, torch.Tensor) and _storage(attention_mask) not in given  # a part of what the model gave it is not
     hidden = next((x.shape[-1] for x in (*args, *named.values()) if isinstance(x, torch.Tensor) and x.dim() == 3), 0)
-    _seen.append((module, hidden, query.shape, key.shape, value.shape, {k: v for k, v in kwargs.items() if v is not None}, own_mask))
+    arguments = {k: v for k, v in kwargs.items() if v is not None}
+    _seen.append((module, hidden, query.shape, key.shape, value.shape, arguments, own_mask, key))
     B, H, T, _ = query.shape
     return value.new_zeros(B, T, H, value.shape[-1]), None
+
+
+def _storage(x: torch.Tensor) -> int:
+    """The same number for a tensor and its views."""
+    return x.untyped_storage()._cdata
 
 
 AttentionInterface.register(PROBE, _record)
@@ -93,7 +100,8 @@ def empty_model(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = No
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         with torch.device("meta"):
-            return (cls._from_config(config) if cls else AutoModelForCausalLM.from_config(config)).eval()
+            make = cls._from_config if cls else AutoModelForCausalLM.from_config
+            return make(config, attn_implementation="eager").eval()  # which gives every layer a mask
     finally:
         logging.getLogger("transformers").setLevel(level)
 
@@ -102,8 +110,15 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
     """Every self-attention module that calls the attention interface, in layer order. UserError for models where none does."""
     try:
         model = empty_model(config, cls)
-    except ValueError as error:
-        raise UserError(f"No causal language model is known for model type {config.model_type!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the model's own code makes of the config
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(
+                f"transformers has no causal language model for model type {config.model_type!r}; give one that it has."
+            ) from error
+        raise UserError(
+            f"transformers cannot build a causal language model of type {config.model_type!r} from this config "
+            f"({type(error).__name__}: {_first_line(error)}). Complete its config.json, or install what it asks for."
+        ) from error
     candidates = {m: name for name, m in model.named_modules() if _is_candidate(m)}
     handles = [m.register_forward_pre_hook(lambda m, a, k: _inputs.__setitem__(type(m), (a, k)), with_kwargs=True) for m in candidates]
     for module in candidates:
@@ -128,12 +143,12 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
     if not found and failure and model._supports_attention_backend:
         raise UserError(
             f"Model type {config.model_type!r} cannot be converted: its attention layers could not be found, because its layers do not run on tensors "
-            f"without data ({type(failure).__name__}: {str(failure).splitlines()[0]})."
+            f"without data ({type(failure).__name__}: {_first_line(failure)})."
         )
     if not found:
         raise UserError(
-            f"Model type {config.model_type!r} cannot be converted: its attention does not go through transformers' attention interface, "
-            "which is where a mixer is put in. Models such as llama, qwen, mistral, gemma, phi, gpt2 or gpt_neox do."
+            f"Model type {config.model_type!r} cannot be converted: no attention of it goes through transformers' attention interface, "
+            "which is where a mixer is put in. That of models such as llama, qwen, mistral, gemma, phi, gpt2 or gpt_neox does."
         )
     return sorted(found, key=lambda f: f.index)
 
@@ -150,21 +165,38 @@ def _run(call) -> Exception | None:
     return None
 
 
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
 def _problems() -> dict[nn.Module, str]:
     """Recorded modules that no mixer can take the place of, and why."""
     calls = Counter(entry[0] for entry in _seen)
     layers = Counter(module.layer_idx for module in calls)
     problems = {}
-    for module, *_, own_mask in _seen:
+    owners: dict[int, set] = {}
+    for module, *_, key in _seen:
+        owners.setdefault(_storage(key), set()).add(module)
+    for module, _, _, shape, _, _, own_mask, key in _seen:
         if calls[module] > 1 or module.layer_idx < 0 or layers[module.layer_idx] > 1:
             problems[module] = (
                 "it attends more than once per token (shared between layers, or two softmaxes), and a mixer has one state. Keep it exact."
             )
+        elif len(owners[_storage(key)]) > 1:
+            problems[module] = "it shares its keys with another layer, and a mixer has them to itself. Keep it exact."
+        elif not _takes_cache(module):
+            problems[module] = "it keeps its keys elsewhere than in a transformers cache. Keep it exact."
+        elif shape[2] != TOKENS:
+            problems[module] = "it attends to something else than one key per token. Keep it exact."
         elif own_mask:
             problems[module] = (
                 "it makes an attention mask of its own out of what it computes, which a recurrent state cannot honour. Keep it exact."
             )
     return problems
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return any(name.startswith(("past_key_value", "layer_past")) for name in inspect.signature(module.forward).parameters)
 
 
 def _cached(modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
@@ -196,6 +228,7 @@ def _found(name, module, hidden, q, k, v, arguments, config, problem, cached) ->
         kind=kind,
         causal=bool(getattr(module, "is_causal", True)),
         arguments=tuple(sorted(arguments)),
+        tensors=tuple(sorted(name for name, value in arguments.items() if isinstance(value, torch.Tensor))),
         cached=0 if cached == k[1] * (k[3] + v[3]) else cached,
         problem=problem,
     )

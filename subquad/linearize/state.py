@@ -14,7 +14,7 @@ _ROWS = ("window_k", "window_v", "window_extra", "sink_k", "sink_v", "memory", "
 
 
 class MixerState(CacheLayerMixin):
-    """keys/values [B, E, S, K | V]: full memory of the exact heads only (None without exact heads).
+    """keys/values [B, E, S, K | V]: full memory of the exact heads only (E = 0 without any).
 
     window_k, window_v [B, W', G, K | V], W' <= window: the last real tokens of each row, right-aligned; window_extra [B, W', G, X]: per-token
     gates a mixer wants to keep with them; sink_k, sink_v [B, N, G, K | V]; memory: fp32 recurrent state; seen_B: real tokens so far in each row.
@@ -39,6 +39,7 @@ class MixerState(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (x.new_empty(x.shape[0], 0, 0, x.shape[-1]) for x in (key_states, value_states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Called by the model's attention module: note that the tokens came by and hand them on; the seam does the rest."""
@@ -49,8 +50,8 @@ class MixerState(CacheLayerMixin):
 
     def extend_exact(self, k_BETK: Tensor, v_BETV: Tensor) -> tuple[Tensor, Tensor]:
         """Append to the exact heads' keys and values and return what the mask of this call covers."""
-        keys = k_BETK.contiguous() if self.keys is None else torch.cat([self.keys, k_BETK], 2)
-        values = v_BETV.contiguous() if self.values is None else torch.cat([self.values, v_BETV], 2)
+        keys = k_BETK.contiguous() if not self.keys.shape[1] else torch.cat([self.keys, k_BETK], 2)
+        values = v_BETV.contiguous() if not self.values.shape[1] else torch.cat([self.values, v_BETV], 2)
         keep = 0 if self.sliding_window is None else max(keys.shape[2] - self.sliding_window + 1, 0)
         self.keys, self.values = keys[:, :, keep:], values[:, :, keep:]
         return keys, values

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from subquad.errors import UserError
 from subquad.linearize.plan import Plan
@@ -84,9 +84,7 @@ class SubquadForCausalLM(PreTrainedModel):
 def _loader(config: SubquadConfig) -> type[PreTrainedModel]:
     """The teacher's class, converting itself on construction so that from_pretrained finds every parameter in its place."""
     teacher = config.teacher_config()
-    if type(teacher) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"transformers has no causal language model for {teacher.model_type!r}.")
-    base, plan = MODEL_FOR_CAUSAL_LM_MAPPING[type(teacher)], Plan.from_dict(config.plan)
+    base, plan = _teacher_class(teacher), Plan.from_dict(config.plan)
 
     def __init__(self, config, *args, **kwargs):
         base.__init__(self, config, *args, **kwargs)
@@ -95,6 +93,18 @@ def _loader(config: SubquadConfig) -> type[PreTrainedModel]:
     # Mixers are small and keep fp32 statistics: loading in bf16 or fp16 leaves them as they were saved.
     fp32 = [*(base._keep_in_fp32_modules_strict or ()), *(f"{layer.name}.mixer" for layer in plan.converted)]
     return student_class(base, {"__init__": __init__, "_keep_in_fp32_modules_strict": fp32})
+
+
+def _teacher_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' causal model of a config. The text part of a larger config stands beside a model that is listed under the whole."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    listed = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    for name, cls in vars(modeling).items():
+        if name in listed and cls.config_class is type(config):
+            return cls
+    raise UserError(f"transformers has no causal language model for {config.model_type!r}.")
 
 
 def student_class(base: type[PreTrainedModel], more: dict[str, Any] | None = None) -> type[PreTrainedModel]:
@@ -135,8 +145,12 @@ def student_config(model: PreTrainedModel) -> SubquadConfig:
         "num_attention_heads",
         "max_position_embeddings",
     ):
-        if getattr(model.config, key, None) is not None:
-            setattr(config, key, getattr(model.config, key))
+        try:
+            value = getattr(model.config, key, None)
+        except Exception:  # transformers' own refusal of a number that differs from layer to layer
+            continue
+        if value is not None:
+            setattr(config, key, value)
     return config
 
 

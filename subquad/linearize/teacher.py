@@ -34,7 +34,9 @@ def load_teacher(name: str, dtype: torch.dtype | str = torch.float32, revision: 
     config = load_config(name, revision)
     folder, extra = _locate(name, revision)
     gguf = {} if "gguf_file" in extra else {"config": config}
-    model = _friendly(name, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **extra))
+    reporting = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # refused below, in one sentence
+    model, info = _friendly(name, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **extra, **reporting))
+    _check_weights(name, info)
     if "gguf_file" in extra:
         _clear_quantization(model.config)
         model.is_quantized, model.hf_quantizer = False, None
@@ -42,8 +44,18 @@ def load_teacher(name: str, dtype: torch.dtype | str = torch.float32, revision: 
     return model.eval(), load_tokenizer(name, revision)
 
 
+def _check_weights(name: str, info: dict) -> None:
+    """transformers fills what is missing with random numbers, which no teacher should have."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(key for key, *_ in info["mismatched_keys"])
+    if missing or mismatched:
+        raise UserError(
+            f"{name}: the weights do not fit its config.json ({len(missing)} missing, {len(mismatched)} of another shape, for example "
+            f"{(missing + mismatched)[0]}). Fetch or save the model again."
+        )
+
+
 def load_tokenizer(name: str, revision: str | None = None):
-    """The teacher's tokenizer, padding on the left (what generation needs)."""
+    """A model's tokenizer, a teacher's or a student's, padding on the left (what generation needs)."""
     folder, extra = _locate(name, revision)
     tokenizer = _friendly(name, lambda: AutoTokenizer.from_pretrained(folder, **extra))
     if tokenizer.pad_token is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model, tiny_tokenizer
+from helpers import SIZES, TOKENS, tiny_model, tiny_tokenizer
 from linearize.students import full, student_of, tokens
 from safetensors.torch import load_file, save_file
 from tolerances import FOLDER, SAME_NUMBERS, assert_near
@@ -141,6 +141,15 @@ def test_load_gives_the_same_numbers(tmp_path, mixer, family):
         assert torch.equal(full(again, IDS), full(student, IDS))
         assert not again.training and again.subquad_plan == student.subquad_plan
         assert torch.equal(full(subquad.restore(again), IDS), full(teacher, IDS))
+
+
+def test_text_part_of_a_larger_config(tmp_path):
+    """transformers lists the whole config; the causal model's own config is the part."""
+    whole = AutoConfig.for_model("emu3", text_config={**SIZES, **TOKENS})
+    student = student_of(AutoModelForCausalLM.from_config(whole).eval(), **ARGUMENTS)
+    assert type(student.config) is type(whole.text_config)
+    student.save_pretrained(tmp_path / "student")
+    assert_near(full(subquad.load(tmp_path / "student"), IDS), full(student, IDS), SAME_NUMBERS)
 
 
 def test_folder_holds_what_a_model_folder_holds(saved):

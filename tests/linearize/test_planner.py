@@ -100,7 +100,7 @@ PROBLEMS = {
         dict(mixer="gla", options={"write": "delta"}),
         ["use feature_map unit", "combine gated and decay none or scalar"],
     ),
-    "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert: kept exact."]),
+    "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert in 'llama': kept exact."]),
     "several": (
         dict(window=0, sinks=-2, layers=[9], exact={0: [5], 8: [0]}),
         ["window: got 0", "sinks: got -2", "layers: 9", "exact: layer 0 has", "exact: 8 is not"],
@@ -124,9 +124,9 @@ MODELS = {
     "chunked attention, named": (
         "llama4_text",
         {"head_dim": 16, "num_local_experts": 4, "attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 3},
-        "in chunks",
+        "runs chunked_attention here",
     ),
-    "no language model": ("vit", {}, "No causal language model is known for model type 'vit'"),
+    "no language model": ("vit", {}, "no causal language model for model type 'vit'"),
 }
 
 
