@@ -8,6 +8,7 @@ Key: B batch, T tokens of this call, S tokens so far, H query heads, G key/value
 """
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -272,9 +273,24 @@ class ModelHooks:
                 self.handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self.after, always_call=True))
 
-    def before(self, module, args, kwargs) -> None:
+    def before(self, module, args, kwargs) -> tuple[tuple, dict]:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.root.note.enter(mask, kwargs.get("position_ids"))
+        positions = kwargs.get("position_ids", args[2] if len(args) > 2 else None)
+        if self.root.note.depth == 0 and positions is None and self._counts(module) and _uneven(mask):
+            positions = kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -_tokens(args, kwargs) :]
+        self.root.note.enter(mask, positions)
+        return args, kwargs
+
+    @staticmethod
+    def _counts(module: nn.Module) -> bool:
+        """Whether real tokens may be numbered from 0 in every row without the teacher's attention changing: rotary embedding, which is relative.
+
+        A feature map of rotated keys is not relative: without this, padding on the left would change what a linear branch computes. `generate`
+        numbers them itself; a plain forward call with a padding mask does not.
+        """
+        rotary = getattr(module.config.get_text_config(), "rope_parameters", None)
+        plain = isinstance(rotary, dict) and "section" not in str(rotary)  # multimodal positions have three parts
+        return plain and "position_ids" in inspect.signature(module.forward).parameters
 
     def after(self, module, args, output) -> None:
         self.root.note.leave()
@@ -282,6 +298,16 @@ class ModelHooks:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _uneven(mask) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
+
+
+def _tokens(args: tuple, kwargs: dict) -> int:
+    """Tokens of a model-level call."""
+    given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+    return next(x.shape[1] for x in given if isinstance(x, Tensor))
 
 
 @contextmanager

@@ -118,6 +118,15 @@ def test_left_padding_changes_nothing(case):
         assert_near(real(full(student, ids, **padded_inputs(student, mask, 0, WIDTH))), alone(student, case.ids), FAMILY, shape)
 
 
+def test_left_padding_without_positions_is_as_good_as_the_teachers(case):
+    """A plain forward call with a mask alone: where the teacher does not mind (rotary embedding is relative), the student does not either."""
+    ids, mask = left_padded(case.ids, LENGTHS, WIDTH)
+    if error(real(full(case.teacher, ids, attention_mask=mask)), alone(case.teacher, case.ids)) > FAMILY:
+        return
+    for shape, student in case.students.items():
+        assert_near(real(full(student, ids, attention_mask=mask)), alone(student, case.ids), FAMILY, shape)
+
+
 def test_left_padding_with_a_cache_changes_nothing(case):
     ids, mask = left_padded(case.ids, LENGTHS, WIDTH)
     if "padding" in case.limits or "steps" in case.limits:
