@@ -43,8 +43,8 @@ struct Delta : Linear {
         for (int s = i; s < r; s++) axpy(U + r * Vp, A[r * n + s], U + s * Vp, Vp);
     }
   }
-  void read(const float* q, int64_t ldq, float* out) {
-    lower_product(n, Kp, q, ldq, kT, P);
+  void read(const float* q, int64_t ldq, float* out, const Ahead* ahead) {
+    lower_product(n, Kp, q, ldq, kT, P, ahead);
     mask_rows(P);
     if (!empty) {
       gemm<false, false>(n, Vp, Kp, q, ldq, S, Vp, out, Vp);
@@ -64,24 +64,33 @@ struct Delta : Linear {
 
 extern "C" void subquad_delta(const DeltaArgs* pa) {
   const DeltaArgs& a = *pa;
-  parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
+  parallel_heads(a.N, a.G, a.threads, [&](int64_t s, int64_t h0, int64_t h1) {
+    int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V;
     Delta l(a.K, a.V, a.mode);
-    if (a.h0) load_state(a.h0 + task * a.K * a.V, a.K, a.V, a.V, l.S), l.empty = false;
-    float *buf = arena.get(l.n * l.Kp), *out = arena.get(l.n * l.Vp);
-    for (int64_t t = lo; t < hi; t += l.n) {
-      l.decays(a.g, b, t, h, lo, hi);
-      l.keys(a.k, a.v, b, t, h, lo, hi);
-      load_column(a.beta, b, t, h, l.n, lo, hi, l.beta);
-      l.correct();
-      for (int64_t r = 0; r < a.R; r++) {
-        const float* q = borrow_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, buf, ld);
-        l.read(q, ld, out);
-        store_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, out, a.scale);
-      }
-      if (a.hT || t + l.n < hi) l.write();
+    Heads heads(l, h0, h1);
+    float *q = arena.get(l.n * l.Kp), *out = arena.get(l.n * l.Vp);
+    for (int64_t h = h0; a.h0 && h < h1; h++) {
+      heads.take(h);
+      load_state(a.h0 + (s * a.G + h) * KV, a.K, a.V, a.V, l.S);
+      heads.empty[h - h0] = 0;
     }
-    if (a.hT) store_state(a.hT + task * a.K * a.V, a.K, a.V, a.V, l.S);
+    for (int64_t t = lo; t < hi; t += l.n)
+      for (int64_t h = h0; h < h1; h++) {
+        heads.take(h);
+        l.decays(a.g, b, t, h, lo, hi);
+        l.keys(a.k, a.v, b, t, h, lo, hi);
+        load_column(a.beta, b, t, h, l.n, lo, hi, l.beta);
+        l.correct();
+        Ahead ahead = next_rows(a, b, h + 1 < h1 ? t : t + l.n, h + 1 < h1 ? h + 1 : h0, l.n, hi);
+        for (int64_t r = 0; r < a.R; r++) {
+          load_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, q);
+          l.read(q, l.Kp, out, r ? nullptr : &ahead);
+          store_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, out, a.scale);
+        }
+        if (a.hT || t + l.n < hi) l.write();
+        heads.put(h);
+      }
+    for (int64_t h = h0; a.hT && h < h1; h++) heads.take(h), store_state(a.hT + (s * a.G + h) * KV, a.K, a.V, a.V, l.S);
   });
 }
 

@@ -83,14 +83,14 @@ struct Linear {  // one (sequence, key/value head)
     }
   }
   // out [n, Vp] = q_t . S_t; den[t] = q_t . z_t
-  void read(const float* q, int64_t ldq, float* out, float* den) {
+  void read(const float* q, int64_t ldq, float* out, float* den, const Ahead* ahead = nullptr) {
     if (mode == VECTOR) {
       products(q, ldq);
       for (int t = 0; t < n; t++)
         for (int f = 0; f < Kp; f += L) st(qs + t * Kp + f, ld(q + t * ldq + f) * ld(ec + t * Kp + f));
       q = qs, ldq = Kp;
     } else {
-      lower_product(n, Kp, q, ldq, kT, P);
+      lower_product(n, Kp, q, ldq, kT, P, ahead);
       mask_rows(P);
     }
     if (!empty) {
@@ -271,24 +271,53 @@ struct AdditiveArgs {
   double scale;
 };
 
+// States of several heads behind one set of tiles.
+struct Heads {
+  Linear& l;
+  int64_t first, size;
+  float* all;
+  std::vector<char> empty;
+  Heads(Linear& l, int64_t h0, int64_t h1) : l(l), first(h0), size(l.Kp * l.Vp), empty(h1 - h0, 1) { all = arena.zeros((h1 - h0) * size); }
+  void take(int64_t h) { l.S = all + (h - first) * size, l.empty = empty[h - first]; }
+  void put(int64_t h) { empty[h - first] = l.empty; }
+};
+
+template <class Args>
+static Ahead next_rows(const Args& a, int64_t b, int64_t t, int64_t h, int rows, int64_t hi) {
+  Ahead ahead;
+  ahead.want(a.k, b, t, h, rows, a.K, hi);
+  ahead.want(a.v, b, t, h, rows, a.V, hi);
+  ahead.want(a.q, b, t, h * a.R, rows, a.K, hi);
+  return ahead;
+}
+
 extern "C" void subquad_additive(const AdditiveArgs* pa) {
   const AdditiveArgs& a = *pa;
-  parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
+  parallel_heads(a.N, a.G, a.threads, [&](int64_t s, int64_t h0, int64_t h1) {
+    int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V;
     Linear l(a.K, a.V, a.mode, false);
-    if (a.h0) load_state(a.h0 + task * a.K * a.V, a.K, a.V, a.V, l.S), l.empty = false;
-    float *buf = arena.get(l.n * l.Kp), *out = arena.get(l.n * l.Vp);
-    for (int64_t t = lo; t < hi; t += l.n) {
-      l.decays(a.g, b, t, h, lo, hi);
-      l.keys(a.k, a.v, b, t, h, lo, hi);
-      for (int64_t r = 0; r < a.R; r++) {
-        const float* q = borrow_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, buf, ld);
-        l.read(q, ld, out, nullptr);
-        store_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, out, a.scale);
-      }
-      if (a.hT || t + l.n < hi) l.write();
+    Heads heads(l, h0, h1);
+    float *q = arena.get(l.n * l.Kp), *out = arena.get(l.n * l.Vp);
+    for (int64_t h = h0; a.h0 && h < h1; h++) {
+      heads.take(h);
+      load_state(a.h0 + (s * a.G + h) * KV, a.K, a.V, a.V, l.S);
+      heads.empty[h - h0] = 0;
     }
-    if (a.hT) store_state(a.hT + task * a.K * a.V, a.K, a.V, a.V, l.S);
+    for (int64_t t = lo; t < hi; t += l.n)
+      for (int64_t h = h0; h < h1; h++) {
+        heads.take(h);
+        l.decays(a.g, b, t, h, lo, hi);
+        l.keys(a.k, a.v, b, t, h, lo, hi);
+        Ahead ahead = next_rows(a, b, h + 1 < h1 ? t : t + l.n, h + 1 < h1 ? h + 1 : h0, l.n, hi);
+        for (int64_t r = 0; r < a.R; r++) {
+          load_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, q);
+          l.read(q, l.Kp, out, nullptr, r ? nullptr : &ahead);
+          store_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, out, a.scale);
+        }
+        if (a.hT || t + l.n < hi) l.write();
+        heads.put(h);
+      }
+    for (int64_t h = h0; a.hT && h < h1; h++) heads.take(h), store_state(a.hT + (s * a.G + h) * KV, a.K, a.V, a.V, l.S);
   });
 }
 

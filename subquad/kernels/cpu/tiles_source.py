@@ -122,13 +122,6 @@ static void lower_rows(int n, int N, const float* A, int64_t lda, const float* B
 static void lower_transposed(int n, int N, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {  // += A^T B
   for (int j = 0; j < n; j += MR) gemm<true, true>(MR, N, n - j, A + j * lda + j, lda, B + j * ldb, ldb, out + j * ldo, ldo);
 }
-static void lower_product(int n, int K, const float* A, int64_t lda, const float* BT, float* out) {  // out lower = A B^T, BT [K, n]
-  for (int i = 0; i < n; i += MR) {
-    int cols = up(i + MR);
-    gemm<false, false>(MR, cols < n ? cols : n, K, A + i * lda, lda, BT, n, out + i * n, n);
-  }
-}
-
 // ---- transposition of tiles: dst[c][r] = src[r][c]; rows and cols multiples of L
 INLINE void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
   vf a[L], b[L];
@@ -228,6 +221,28 @@ static void store_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int 
     }
   }
 }
+// Rows that will be needed next, asked for a few at a time between products: the memory's latency hides behind arithmetic.
+struct Ahead {
+  struct Rows { const char* p; int64_t stride, bytes, count; } of[4];
+  int used = 0;
+  void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi) {
+    int bytes = t.type ? 2 : 4;
+    int64_t count = hi - from < rows ? hi - from : rows;
+    of[used++] = {at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, count > 0 ? count : 0};
+  }
+  void fetch(int64_t r0, int64_t r1) const {
+    for (int i = 0; i < used; i++)
+      for (int64_t r = r0; r < r1 && r < of[i].count; r++)
+        for (int64_t c = 0; c < of[i].bytes; c += 64) __builtin_prefetch(of[i].p + r * of[i].stride + c);
+  }
+};
+static void lower_product(int n, int K, const float* A, int64_t lda, const float* BT, float* out, const Ahead* ahead = nullptr) {  // out lower = A B^T, BT [K, n]
+  for (int i = 0; i < n; i += MR) {
+    int cols = up(i + MR);
+    gemm<false, false>(MR, cols < n ? cols : n, K, A + i * lda, lda, BT, n, out + i * n, n);
+    if (ahead) ahead->fetch(i, i + MR);
+  }
+}
 // One number per token and head (fp32): rows into a column; outside [lo, hi): `fill`.
 static void load_column(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* dst, float fill = 0.0f) {
   for (int r = 0; r < rows; r++) dst[r] = from + r < lo || from + r >= hi ? fill : *(const float*)at(t, b, from + r, h);
@@ -308,5 +323,12 @@ static void parallel(int64_t tasks, int64_t threads, F task) {
   for (int64_t i = 1; i < threads && i < tasks; i++) pool.emplace_back(work);
   work();
   for (auto& t : pool) t.join();
+}
+// The same with neighbouring heads in one task, as many as leave every thread work: their rows share pages of memory, so they are best walked together.
+template <class F>
+static void parallel_heads(int64_t N, int64_t G, int64_t threads, F task) {
+  int64_t parts = threads > N ? (threads + N - 1) / (N > 0 ? N : 1) : 1;
+  if (parts > G) parts = G;
+  parallel(N * parts, threads, [&](int64_t i) { task(i / parts, i % parts * G / parts, (i % parts + 1) * G / parts); });
 }
 """

@@ -42,7 +42,7 @@ struct Window {
     if (sp) {
       float* tile = arena.get(sp * Kp);
       int64_t from = a.own_sinks ? 0 : ks, end = a.own_sinks ? a.sinks : ks + (a.sinks < hi - lo ? a.sinks : hi - lo);
-      load_tile(a.sk, b, from, h, sp, K, from, end, tile);
+      load_tile(a.sk, b, from, h, sp, K, from, end, tile, a.scale);
       transpose(sp, Kp, tile, Kp, skT, sp);
       load_tile(a.sv, b, from, h, sp, V, from, end, sv);
     }
@@ -50,7 +50,7 @@ struct Window {
   float* keys(int64_t block) { return kT + ((block % blocks + blocks) % blocks) * Kp * BQ; }
   float* values(int64_t block) { return vb + ((block % blocks + blocks) % blocks) * BQ * Vp; }
   void load_block(int64_t block, float* tile) {
-    load_tile(a.k, b, ks + block * BQ, h, BQ, K, ks - a.before, ks + hi - lo, tile);
+    load_tile(a.k, b, ks + block * BQ, h, BQ, K, ks - a.before, ks + hi - lo, tile, a.scale);  // the scale sits in the keys
     transpose(BQ, Kp, tile, Kp, keys(block), BQ);
     load_tile(a.v, b, ks + block * BQ, h, BQ, V, ks - a.before, ks + hi - lo, values(block));
   }
@@ -75,7 +75,7 @@ struct Window {
     }
   }
   bool sinks_seen(int64_t i, int r) const { return sp && a.position + i * BQ + r + MR - 1 >= a.window; }
-  // P row = scale q.k inside the band and of the sinks seen, NONE elsewhere in the columns touched.
+  // P row = q.(scale k) inside the band and of the sinks seen, NONE elsewhere in the columns touched.
   void scores(int64_t i, int r, const float* q, int64_t ldq, int c0, int c1) {
     int64_t first = first_block(i);
     float* p = P + r * width;
@@ -98,7 +98,6 @@ struct Window {
   void weights(int64_t i, int r, int c0, int c1, const float* given, float* den, float* top) {
     int64_t first = first_block(i) * BQ;
     bool sinks = sinks_seen(i, r);
-    vf sc = bc(a.scale);
     for (int m = 0; m < MR; m++) {
       float* p = P + (r + m) * width;
       int64_t t = i * BQ + r + m;
@@ -106,18 +105,18 @@ struct Window {
       if (given) high = given[r + m];
       else {
         vf mx = bc(NONE);
-        for (int c = 0; sinks && c < sp; c += L) mx = vmax(mx, pick(sinks_band(c, t), ld(p + c) * sc, bc(NONE)));
-        for (int c = c0; c < c1; c += L) mx = vmax(mx, pick(band(first + c, t), ld(p + sp + c) * sc, bc(NONE)));
+        for (int c = 0; sinks && c < sp; c += L) mx = vmax(mx, pick(sinks_band(c, t), ld(p + c), bc(NONE)));
+        for (int c = c0; c < c1; c += L) mx = vmax(mx, pick(band(first + c, t), ld(p + sp + c), bc(NONE)));
         high = hmax(mx);
       }
       vf sum = {};
       for (int c = 0; sinks && c < sp; c += L) {
-        vf w = vexp(pick(sinks_band(c, t), ld(p + c) * sc - high, bc(NONE)));
+        vf w = vexp(pick(sinks_band(c, t), ld(p + c) - high, bc(NONE)));
         st(p + c, w);
         sum += w;
       }
       for (int c = c0; c < c1; c += L) {
-        vf w = vexp(pick(band(first + c, t), ld(p + sp + c) * sc - high, bc(NONE)));
+        vf w = vexp(pick(band(first + c, t), ld(p + sp + c) - high, bc(NONE)));
         st(p + sp + c, w);
         sum += w;
       }
@@ -181,9 +180,9 @@ struct WindowBackward {  // weights exp(s - given), ds = w (d.v + dd)
       });
       for (int m = 0; m < MR; m++) {
         float *pm = p + m * width, *gm = g + m * width;
-        vf add = bc(dd[r + m]), sc = bc(w.a.scale);
-        for (int c = 0; sinks && c < sp; c += L) st(gm + c, sc * ld(pm + c) * (ld(gm + c) + add));
-        for (int c = sp + c0; c < sp + c1; c += L) st(gm + c, sc * ld(pm + c) * (ld(gm + c) + add));
+        vf add = bc(dd[r + m]);
+        for (int c = 0; sinks && c < sp; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
+        for (int c = sp + c0; c < sp + c1; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
       }
       float* out = dq + r * Kp;
       memset(out, 0, 4 * MR * Kp);
@@ -240,10 +239,10 @@ static void store_window(const WindowArgs& a, WindowBackward& w, int64_t b, int6
       axpy(w.dV + w.row(n) * f.Vp, 1.0f, w.dsV + n * f.Vp, f.Vp);
     }
   if (f.sp && a.own_sinks) {
-    store_tile(a.dsk, b, 0, h, a.sinks, a.K, 0, a.sinks, w.dsK);
+    store_tile(a.dsk, b, 0, h, a.sinks, a.K, 0, a.sinks, w.dsK, a.scale);
     store_tile(a.dsv, b, 0, h, a.sinks, a.V, 0, a.sinks, w.dsV);
   }
-  store_tile(a.dk, b, f.ks - a.before, h, a.before + hi - lo, a.K, 0, INT64_MAX, w.dK + w.row(-a.before) * f.Kp);
+  store_tile(a.dk, b, f.ks - a.before, h, a.before + hi - lo, a.K, 0, INT64_MAX, w.dK + w.row(-a.before) * f.Kp, a.scale);
   store_tile(a.dv, b, f.ks - a.before, h, a.before + hi - lo, a.V, 0, INT64_MAX, w.dV + w.row(-a.before) * f.Vp);
 }
 
