@@ -126,7 +126,7 @@ struct Window {
   // out [BQ, Vp], den, top of query block i
   void forward(int64_t i, const float* q, int64_t ldq, float* out, float* den, float* top) {
     int64_t first = first_block(i);
-    for (int r = 0; r < BQ; r += MR) {
+    for (int r = 0; r < BQ && lo + i * BQ + r < hi; r += MR) {
       int c0, c1;
       columns(i, r, c0, c1);
       scores(i, r, q + r * ldq, ldq, c0, c1);
@@ -319,7 +319,7 @@ extern "C" void subquad_window_linear(const WindowArgs* pa) {
           l.read(fq, ld, y, yden);
         }
         load_column(a.mix, b, t, head, BQ, lo, hi, mix);
-        for (int m = 0; m < BQ; m++) {
+        for (int m = 0; m < BQ && t + m < hi; m++) {
           bool both = some && older(a, i * BQ + m);
           float high = both && mix[m] > top[m] ? mix[m] : top[m];
           float p = exp1(top[m] - high), c = both ? exp1(mix[m] - high) : 0.0f, total = p * den[m] + (both ? c * dr[m] : 0.0f);
