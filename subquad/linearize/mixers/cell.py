@@ -76,14 +76,19 @@ class Cell(Mixer):
             return local.output().to(call.v_BTGV.dtype)
         if local.left_k is None:
             raise AssertionError("a memory without tokens leaving: the window shrank")
-        decay = None if self.decay is None else log_decay(self.decay(call.hidden_BTD))
-        if decay is not None and call.real_BT is not None:
-            decay = decay * call.real_BT.view(*call.real_BT.shape, *(1,) * (decay.dim() - 2))
+        decay = self._decay(call)
         read = self._read_delta if self.write == "delta" else self._read_additive
         out, memory = read(call, local, decay, memory)
         if call.state is not None:
             call.state.memory = memory
         return out.to(call.v_BTGV.dtype)
+
+    def _decay(self, call: AttentionCall) -> Tensor | None:
+        """Log decays [B, T, G] or [B, T, G, F]; filler does not fade."""
+        if self.decay is None:
+            return None
+        decay = log_decay(self.decay(call.hidden_BTD))
+        return decay if call.real_BT is None else decay * call.real_BT.view(*call.real_BT.shape, *(1,) * (decay.dim() - 2))
 
     def _joint(self, call: AttentionCall, position: int) -> Tensor:
         """Window, sinks and linear branch in one pass; a decode step has its own."""
@@ -91,7 +96,7 @@ class Cell(Mixer):
         memory = state.memory if state is not None else None
         q = call.q_BTGRK.flatten(2, 3)
         older = slots.before + T > self.window  # something leaves the window in this call
-        decay = None if self.decay is None or not older else log_decay(self.decay(call.hidden_BTD))
+        decay = self._decay(call) if older else None
         step = state is not None and one_token(call) and position >= self.window + self.sinks and memory is not None
         if step:
             out = ops.window_linear_step(
