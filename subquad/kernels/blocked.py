@@ -6,9 +6,9 @@ Key: as in ops.py; R = H / G, C block size, Y slots that a block sees.
 import torch
 from torch import Tensor
 
-from subquad.kernels import definition
 from subquad.kernels.additive import additive_chunk
 from subquad.kernels.banded import BLOCK, _blocks, banded_blocks
+from subquad.kernels.definition import window_linear_step as step_definition
 from subquad.kernels.delta import delta_chunk
 from subquad.kernels.packing import sequences
 from subquad.kernels.weights import band_weights
@@ -151,4 +151,4 @@ def window_linear_step(
     q, k, v, fq=None, mix=None, state=None, left_fk=None, left_v=None, log_decay=None, *, scale=None, sink_k_BNGK=None, sink_v_BNGV=None
 ):
     q, k, v, fq, mix, left_fk, left_v, log_decay, sk, sv = _fp32(q, k, v, fq, mix, left_fk, left_v, log_decay, sink_k_BNGK, sink_v_BNGV)
-    return definition.window_linear_step(q, k, v, fq, mix, state, left_fk, left_v, log_decay, scale=scale, sink_k_BNGK=sk, sink_v_BNGV=sv)
+    return step_definition(q, k, v, fq, mix, state, left_fk, left_v, log_decay, scale=scale, sink_k_BNGK=sk, sink_v_BNGV=sv)

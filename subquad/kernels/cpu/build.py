@@ -21,11 +21,15 @@ from pathlib import Path
 import torch
 
 from subquad.errors import UserError
-from subquad.kernels.cpu import delta_source, linear_source, steps_source, tiles_source, window_source
+from subquad.kernels.cpu.delta_source import SOURCE as DELTA
+from subquad.kernels.cpu.linear_source import SOURCE as LINEAR
+from subquad.kernels.cpu.steps_source import SOURCE as STEPS
+from subquad.kernels.cpu.tiles_source import SOURCE as TILES
+from subquad.kernels.cpu.window_source import SOURCE as WINDOW
 
 log = logging.getLogger("subquad.kernels")
 
-SOURCE = "".join(part.SOURCE for part in (tiles_source, linear_source, delta_source, window_source, steps_source))
+SOURCE = TILES + LINEAR + DELTA + WINDOW + STEPS
 # Contraction of a * b + c is the only freedom the compiler gets: the same instructions every run, NaN and infinities as they should be.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast", "-fno-math-errno", "-w")
 ISA_FLAGS = {

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from subquad.kernels import ops
+from subquad.kernels.ops import additive, banded, delta, window_linear, window_linear_step
 from subquad.linearize.mixers.base import AttentionCall, HeadShape, Mixer
 from subquad.linearize.mixers.feature_maps import FEATURE_MAPS, LearnedMap
 from subquad.linearize.mixers.gates import InputGate, log_decay
@@ -99,18 +99,18 @@ class Cell(Mixer):
         decay = self._decay(call) if older else None
         step = state is not None and one_token(call) and position >= self.window + self.sinks and memory is not None
         if step:
-            out = ops.window_linear_step(
+            out = window_linear_step(
                 q[:, 0], slots.k[:, 1:], slots.v[:, 1:], self.map_q(call.q_BTGRK)[:, 0].flatten(1, 2), self.mix(call.hidden_BTD)[:, 0].flatten(1),
                 memory, self.map_k(slots.k[:, :1])[:, 0], slots.v[:, 0], None if decay is None else decay[:, 0], scale=call.scale,
                 sink_k_BNGK=slots.sink_k, sink_v_BNGV=slots.sink_v,
             ).unsqueeze(1)  # fmt: skip
         elif not older:
-            numerator, denominator, _ = ops.banded(
+            numerator, denominator, _ = banded(
                 q, slots.k, slots.v, window=self.window, sinks=self.sinks, scale=call.scale, position=position, **slots.given_sinks(position)
             )
             out = numerator / denominator.unsqueeze(-1)
         else:
-            out, memory = ops.window_linear(
+            out, memory = window_linear(
                 q, slots.k, slots.v, self.map_q(call.q_BTGRK).flatten(2, 3), self.map_k(slots.k), self.mix(call.hidden_BTD).flatten(2), decay,
                 window=self.window, sinks=self.sinks, scale=call.scale, position=position, initial_state=memory,
                 output_final_state=state is not None, **slots.given_sinks(position),
@@ -125,7 +125,7 @@ class Cell(Mixer):
         keys = self.map_k(local.left_k) * weight
         values = torch.cat([local.left_v.float(), torch.ones_like(local.left_v[..., :1], dtype=torch.float32)], -1)
         q = self.map_q(call.q_BTGRK)
-        y, memory = ops.additive(q.flatten(2, 3), keys, values, decay, initial_state=memory, output_final_state=call.state is not None)
+        y, memory = additive(q.flatten(2, 3), keys, values, decay, initial_state=memory, output_final_state=call.state is not None)
         y = y.unflatten(2, q.shape[2:4])
         numerator, denominator = y[..., :-1], y[..., -1]
         mix = self.mix(call.hidden_BTD)
@@ -144,7 +144,7 @@ class Cell(Mixer):
         beta = local.left_extra.squeeze(-1) * local.left_BT.unsqueeze(-1)
         q, k = self.map_q(call.q_BTGRK), self.map_k(local.left_k)
         more = dict(initial_state=memory, output_final_state=call.state is not None, out_dtype=torch.float32)
-        y, memory = ops.delta(q.flatten(2, 3), k, local.left_v, beta, decay, **more)
+        y, memory = delta(q.flatten(2, 3), k, local.left_v, beta, decay, **more)
         y = y.unflatten(2, q.shape[2:4])
         share = torch.sigmoid(self.mix(call.hidden_BTD)) * _some_older(local)
         return local.output() * (1 - share).unsqueeze(-1) + y * (share * self.read_scale.float()).unsqueeze(-1), memory

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.kernels import ops
 from subquad.kernels.banded import banded_blocks
+from subquad.kernels.ops import banded
 from subquad.linearize.mixers.base import AttentionCall
 
 
@@ -132,7 +132,7 @@ def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Te
 
 def _plain(call: AttentionCall, slots: Extended, position: int, window: int, sinks: int) -> Local:
     B, T = call.k_BTGK.shape[:2]
-    found = ops.banded(
+    found = banded(
         call.q_BTGRK.flatten(2, 3), slots.k, slots.v, window=window, sinks=sinks, scale=call.scale, position=position, **slots.given_sinks(position)
     )
     G = call.k_BTGK.shape[2]

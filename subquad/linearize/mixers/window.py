@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from subquad.kernels import ops
+from subquad.kernels.ops import window_linear_step
 from subquad.linearize.mixers.base import AttentionCall, Mixer
 from subquad.linearize.mixers.local import extend, local_attention, one_token, plain_position, remember
 
@@ -11,7 +11,7 @@ class Window(Mixer):
     def forward(self, call: AttentionCall) -> Tensor:
         if call.state is not None and call.state.fewest >= self.window + self.sinks and one_token(call) and plain_position(call) is not None:
             slots = extend(call, self.sinks)
-            out = ops.window_linear_step(
+            out = window_linear_step(
                 call.q_BTGRK[:, 0].flatten(1, 2),
                 slots.k[:, -self.window :],
                 slots.v[:, -self.window :],
