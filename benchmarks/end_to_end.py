@@ -59,7 +59,9 @@ def transfer_rows(teacher, student, lengths, rounds, clock) -> list[str]:
                 teacher(input_ids=ids, use_cache=False)
 
         best = minima({"teacher": forward, "transfer": step}, rounds, clock)
-        lines.append(f"| transfer, T = {T} | {T / best['teacher']:.0f} | {T / best['transfer']:.0f} | {best['teacher'] / best['transfer']:.2f} |")
+        lines.append(
+            f"| transfer, T = {T} | {T / best['teacher']:.0f} | {T / best['transfer']:.0f} | {best['teacher'] / best['transfer']:.2f} |"
+        )
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     return lines
@@ -102,18 +104,27 @@ def main() -> None:
     print("| what | teacher tokens/s | student tokens/s | ratio |\n|---|---|---|---|", flush=True)
     for line in transfer_rows(teacher, student, map(int, asked.lengths.split(",")), asked.rounds, clock):
         print(line, flush=True)
-    best = minima({"t": lambda: prefill(teacher, asked.prefill), "s": lambda: prefill(student, asked.prefill)}, max(asked.rounds - 1, 1), clock)
-    print(f"| prefill, T = {asked.prefill} | {asked.prefill / best['t']:.0f} | {asked.prefill / best['s']:.0f} | {best['t'] / best['s']:.2f} |", flush=True)
+    best = minima(
+        {"t": lambda: prefill(teacher, asked.prefill), "s": lambda: prefill(student, asked.prefill)}, max(asked.rounds - 1, 1), clock
+    )
+    print(
+        f"| prefill, T = {asked.prefill} | {asked.prefill / best['t']:.0f} | {asked.prefill / best['s']:.0f} | {best['t'] / best['s']:.2f} |",
+        flush=True,
+    )
     if asked.decode:
         from contextlib import nullcontext
 
         models = {"t": lambda: nullcontext(teacher), "s": lambda: nullcontext(student)}
         rows = decode(models, torch.arange(1000) + 100, cache_bytes=cache_bytes, contexts=asked.decode, new_tokens=8)
         rate = {row["model"]: row["value"] for row in rows if row["metric"] == "decode_tokens_per_second"}
-        print(f"| decode, {asked.decode} tokens in the cache | {rate['t']:.1f} | {rate['s']:.1f} | {rate['s'] / rate['t']:.2f} |", flush=True)
+        print(
+            f"| decode, {asked.decode} tokens in the cache | {rate['t']:.1f} | {rate['s']:.1f} | {rate['s'] / rate['t']:.2f} |", flush=True
+        )
     more = ["--mixer", asked.mixer, "--window", str(asked.window), "--threads", str(asked.threads)]
     idle, half, full = (peak_megabytes([asked.model, *more, "--only-prefill", str(T)]) for T in (0, asked.prefill // 2, asked.prefill))
-    print(f"\npeak memory above the loaded models: {half - idle:.0f} MB at {asked.prefill // 2} tokens, {full - idle:.0f} MB at {asked.prefill}")
+    print(
+        f"\npeak memory above the loaded models: {half - idle:.0f} MB at {asked.prefill // 2} tokens, {full - idle:.0f} MB at {asked.prefill}"
+    )
 
 
 if __name__ == "__main__":

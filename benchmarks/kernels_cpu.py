@@ -26,7 +26,7 @@ CHUNK = 64
 def minima(contenders: dict[str, Callable], rounds: int) -> dict[str, float]:
     """Seconds of each, the best of `rounds`; everybody once per round."""
     best: dict[str, float] = {}
-    for name, fn in contenders.items():
+    for fn in contenders.values():
         fn()  # compiles, allocates
     for _ in range(rounds):
         for name, fn in contenders.items():
@@ -168,7 +168,9 @@ def step_rows(rounds: int) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cell = lambda x: "" if x is None else f"{x:.3g}" if isinstance(x, float) and abs(x) < 1000 else f"{x:.0f}" if isinstance(x, float) else str(x)  # noqa: E731
+    cell = lambda x: (
+        "" if x is None else f"{x:.3g}" if isinstance(x, float) and abs(x) < 1000 else f"{x:.0f}" if isinstance(x, float) else str(x)
+    )  # noqa: E731
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join(lines + ["| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows])
 

@@ -75,7 +75,7 @@ def _weighted(q, k, v, *, window, scale, sink_k, sink_v, sink_seen_BTN, softcap,
     before, C = k.shape[1] - T, max(window, BLOCK)
     blocks = lambda k, v: _blocks(q.permute(0, 2, 3, 1, 4), k.transpose(1, 2), v.transpose(1, 2), None, before, window, C)  # noqa: E731
     qb, kb, vb, mask = blocks(k, v)  # [B, G, R, n, C, K], [B, G, n, Y, K | V], [1, 1, 1, n, C, Y]
-    n, Y = kb.shape[2], kb.shape[3]
+    n = kb.shape[2]
     scores = (qb @ kb.unsqueeze(2).transpose(-1, -2)).float() * scale
     seen = mask.expand(B, -1, -1, -1, -1, -1)
     N = 0 if sink_k is None else sink_k.shape[1]
@@ -89,7 +89,9 @@ def _weighted(q, k, v, *, window, scale, sink_k, sink_v, sink_seen_BTN, softcap,
         scores = softcap * torch.tanh(scores / softcap)
     if forget is not None:
         c = forget.float().cumsum(1)[..., None]  # [B, X, G, 1]
-        at_query, _, at_key, _ = _blocks(c[:, before:, :, None].permute(0, 2, 3, 1, 4), c.transpose(1, 2), c.transpose(1, 2), None, before, window, C)
+        at_query, _, at_key, _ = _blocks(
+            c[:, before:, :, None].permute(0, 2, 3, 1, 4), c.transpose(1, 2), c.transpose(1, 2), None, before, window, C
+        )
         at_key = at_key.squeeze(-1)[:, :, None, :, None]  # [B, G, 1, n, 1, Y]
         if N:
             first = c[:, :N] if sink_k.data_ptr() == k.data_ptr() else torch.zeros_like(c[:, :1]).expand(-1, N, -1, -1)
@@ -114,7 +116,9 @@ def window_linear(
         some = position + x >= (own or sinks)
         left, enters = (x + before).clamp_min(0), (some & (x >= -before))[None, :, None, None]
         values = torch.cat([v.float(), torch.ones_like(v[..., :1], dtype=torch.float32)], -1)
-        y, state = additive(fq, fk[:, left] * enters, values[:, left], g, initial_state=state, output_final_state=True, out_dtype=torch.float32)
+        y, state = additive(
+            fq, fk[:, left] * enters, values[:, left], g, initial_state=state, output_final_state=True, out_dtype=torch.float32
+        )
         # A branch without tokens must not set the maximum.
         mix = mix.float().masked_fill(~some[None, :, None], float("-inf"))
         high = torch.maximum(top, mix).detach()

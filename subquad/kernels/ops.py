@@ -142,7 +142,14 @@ def window_linear(
 
 
 def additive_step(
-    q_BHK: Tensor, k_BGK: Tensor, v_BGV: Tensor, state_BGKV: Tensor, log_decay: Tensor | None = None, *, scale: float = 1.0, backend: str = "auto"
+    q_BHK: Tensor,
+    k_BGK: Tensor,
+    v_BGV: Tensor,
+    state_BGKV: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    backend: str = "auto",
 ) -> Tensor:
     """One token of `additive`; `state` (fp32, contiguous) is updated in place. log_decay [B, G] or [B, G, K]. Returns o [B, H, V] fp32. No gradient."""
     return call("additive_step", backend, q_BHK, k_BGK, v_BGV, state_BGKV, log_decay, scale=scale)

@@ -1,5 +1,6 @@
 """Packed sequences for forms that know single ones: cut at cu_seqlens, run one after the other, join."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ def sequences(fn: Callable, tensors: list[Tensor | None], initial_state: Tensor 
         return fn(tensors, initial_state)
     bounds = cu_seqlens.tolist()
     outs, states = [], []
-    for n, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (lo, hi) in enumerate(itertools.pairwise(bounds)):
         state = None if initial_state is None else initial_state[n : n + 1]
         if hi > lo:
             out, state = fn([None if x is None else x[:, lo:hi] for x in tensors], state)

@@ -236,11 +236,16 @@ def test_low_precision_inputs(dtype, backend):
     """Against the definition on the same rounded numbers: only the output's own rounding is added; states stay fp32."""
     step = torch.finfo(dtype).eps
     leaves, other, more = window_case(*WINDOWS[3])
-    rounded = {name: x.to(dtype) if x is not None and name not in ("mix_BTH", "log_decay", "initial_state") else x for name, x in (leaves | more).items()}
+    rounded = {
+        name: x.to(dtype) if x is not None and name not in ("mix_BTH", "log_decay", "initial_state") else x
+        for name, x in (leaves | more).items()
+    }
     other = other | {"output_final_state": True}
     given = {name: x if x is None or x.dtype == dtype else x.float() for name, x in rounded.items()}
     out, state = ops.window_linear(**given, **other, backend=backend)
-    wanted, wanted_state = ops.window_linear(**{n: None if x is None else x.double() for n, x in rounded.items()}, **other, backend="definition")
+    wanted, wanted_state = ops.window_linear(
+        **{n: None if x is None else x.double() for n, x in rounded.items()}, **other, backend="definition"
+    )
     assert out.dtype == dtype and state.dtype == torch.float32
     # torch multiplies weights and values in the model's dtype; C++ in fp32
     assert_near(out, wanted, step if backend == "cpu" else 4 * step)
@@ -251,7 +256,9 @@ def test_any_layout_of_memory(backend):
     """Transposed, expanded and sliced tensors are read where they are."""
     leaves, other, g = linear_case(77, 64, 32, 2, 3, "scalar", False, True)
     plain = {name: x.float() for name, x in leaves.items()}
-    moved = {name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 and name != "initial_state" else x for name, x in plain.items()}
+    moved = {
+        name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 and name != "initial_state" else x for name, x in plain.items()
+    }
     moved["v_BTGV"] = torch.cat([plain["v_BTGV"], plain["v_BTGV"]], -1)[..., :32]
     wanted = ops.additive(**plain, log_decay=g.float(), **other, backend=backend)
     for found, want in zip(ops.additive(**moved, log_decay=g.float(), **other, backend=backend), wanted, strict=True):

@@ -27,7 +27,11 @@ def _struct(name: str, *fields: tuple[str, type]):
 
 
 _Additive = _struct(
-    "_Additive", ("q k v g o dq dk dv dg", _Tensor), ("h0 dhT hT dh0 seq", c_void_p), ("N G R K V mode threads", c_int64), ("scale", c_double)
+    "_Additive",
+    ("q k v g o dq dk dv dg", _Tensor),
+    ("h0 dhT hT dh0 seq", c_void_p),
+    ("N G R K V mode threads", c_int64),
+    ("scale", c_double),
 )
 _Delta = _struct(
     "_Delta",
@@ -43,9 +47,7 @@ _Window = _struct(
     ("N G R K V F mode threads window sinks before position own_sinks linear need_window", c_int64),
     ("scale", c_double),
 )
-_Step = _struct(
-    "_Step", ("q k v sk sv", _Tensor), ("S fq mix lk lv g o", c_void_p), ("B G R K V F W N mode", c_int64), ("scale", c_double)
-)
+_Step = _struct("_Step", ("q k v sk sv", _Tensor), ("S fq mix lk lv g o", c_void_p), ("B G R K V F W N mode", c_int64), ("scale", c_double))
 
 
 def why_not(op: str, args: tuple, kwargs: dict) -> str | None:
@@ -77,7 +79,7 @@ def _fill(struct: ctypes.Structure, **values) -> None:
 
 def _rows(x: Tensor | None) -> Tensor | None:
     """With contiguous rows: what a tile load takes."""
-    return x if x is None or x.dim() < 4 or x.stride(-1) == 1 or x.shape[-1] == 1 and x.is_contiguous() else x.contiguous()
+    return x if x is None or x.dim() < 4 or x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
 
 
 def _fp32(x: Tensor | None) -> Tensor | None:
@@ -123,7 +125,21 @@ class _AdditiveFunction(Function):
         o = _empty(q, B, T, H, V, dtype=dtype)
         hT = torch.empty(N, G, K, V) if final else None
         a = _Additive()
-        _fill(a, q=q, k=k, v=v, g=g, o=o, h0=_pointer(h0), hT=_pointer(hT), seq=seq.data_ptr(), N=N, mode=_mode(g), scale=scale, **_sizes(q, k, v))
+        _fill(
+            a,
+            q=q,
+            k=k,
+            v=v,
+            g=g,
+            o=o,
+            h0=_pointer(h0),
+            hT=_pointer(hT),
+            seq=seq.data_ptr(),
+            N=N,
+            mode=_mode(g),
+            scale=scale,
+            **_sizes(q, k, v),
+        )
         _run("subquad_additive", a)
         ctx.save_for_backward(q, k, v, g, h0)
         ctx.seq, ctx.scale = seq, scale
@@ -201,7 +217,18 @@ class _Setting:
 
     def struct(self, q, k, v, sk, sv, **more) -> _Window:
         a = _Window()
-        _fill(a, q=q, k=k, v=v, sk=k if sk is None else sk, sv=v if sv is None else sv, seq=self.seq.data_ptr(), **_sizes(q, k, v), **self.numbers, **more)
+        _fill(
+            a,
+            q=q,
+            k=k,
+            v=v,
+            sk=k if sk is None else sk,
+            sv=v if sv is None else sv,
+            seq=self.seq.data_ptr(),
+            **_sizes(q, k, v),
+            **self.numbers,
+            **more,
+        )
         return a
 
 

@@ -106,7 +106,14 @@ class Cell(Mixer):
             ).unsqueeze(1)  # fmt: skip
         elif not older:
             numerator, denominator, _ = banded(
-                q, slots.k, slots.v, window=self.window, sinks=self.sinks, scale=call.scale, position=position, **slots.given_sinks(position)
+                q,
+                slots.k,
+                slots.v,
+                window=self.window,
+                sinks=self.sinks,
+                scale=call.scale,
+                position=position,
+                **slots.given_sinks(position),
             )
             out = numerator / denominator.unsqueeze(-1)
         else:

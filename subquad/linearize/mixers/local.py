@@ -53,7 +53,9 @@ def plain_position(call: AttentionCall) -> int | None:
 
 def one_token(call: AttentionCall) -> bool:
     """A decode step without gradients: the ops have a form for it."""
-    return call.k_BTGK.shape[1] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (call.q_BTGRK, call.k_BTGK, call.v_BTGV)))
+    return call.k_BTGK.shape[1] == 1 and not (
+        torch.is_grad_enabled() and any(x.requires_grad for x in (call.q_BTGRK, call.k_BTGK, call.v_BTGV))
+    )
 
 
 @dataclass
@@ -133,13 +135,22 @@ def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Te
 def _plain(call: AttentionCall, slots: Extended, position: int, window: int, sinks: int) -> Local:
     B, T = call.k_BTGK.shape[:2]
     found = banded(
-        call.q_BTGRK.flatten(2, 3), slots.k, slots.v, window=window, sinks=sinks, scale=call.scale, position=position, **slots.given_sinks(position)
+        call.q_BTGRK.flatten(2, 3),
+        slots.k,
+        slots.v,
+        window=window,
+        sinks=sinks,
+        scale=call.scale,
+        position=position,
+        **slots.given_sinks(position),
     )
     G = call.k_BTGK.shape[2]
     local = Local(*(x.unflatten(2, (G, -1)) for x in found))
     early = window - slots.before
     if T > early:
-        local.left_k, local.left_v, local.left_extra = (None if x is None else _leaving(x, early, T) for x in (slots.k, slots.v, slots.extra))
+        local.left_k, local.left_v, local.left_extra = (
+            None if x is None else _leaving(x, early, T) for x in (slots.k, slots.v, slots.extra)
+        )
         local.left_BT = (torch.arange(T, device=slots.k.device) + (position - window) >= sinks).expand(B, -1)
         if call.real_BT is not None:
             local.left_BT = local.left_BT & call.real_BT

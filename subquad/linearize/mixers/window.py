@@ -9,7 +9,12 @@ from subquad.linearize.mixers.local import extend, local_attention, one_token, p
 
 class Window(Mixer):
     def forward(self, call: AttentionCall) -> Tensor:
-        if call.state is not None and call.state.fewest >= self.window + self.sinks and one_token(call) and plain_position(call) is not None:
+        if (
+            call.state is not None
+            and call.state.fewest >= self.window + self.sinks
+            and one_token(call)
+            and plain_position(call) is not None
+        ):
             slots = extend(call, self.sinks)
             out = window_linear_step(
                 call.q_BTGRK[:, 0].flatten(1, 2),
