@@ -166,13 +166,16 @@ def step_rows(rounds: int) -> list[dict]:
     return rows
 
 
+def _cell(x) -> str:
+    if isinstance(x, float):
+        return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+    return "" if x is None else str(x)
+
+
 def table(rows: list[dict]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cell = lambda x: (
-        "" if x is None else f"{x:.3g}" if isinstance(x, float) and abs(x) < 1000 else f"{x:.0f}" if isinstance(x, float) else str(x)
-    )  # noqa: E731
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows])
 
 
 def main() -> None:
