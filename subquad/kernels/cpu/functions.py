@@ -6,6 +6,7 @@ Key: as in ops.py; N sequences, R = H / G.
 """
 
 import ctypes
+import functools
 from ctypes import c_double, c_int64, c_void_p
 
 import torch
@@ -329,6 +330,27 @@ def window_linear(
     )  # fmt: skip
 
 
+def _in_place(fn):
+    """The C++ steps write to contiguous fp32: any other state is copied there and back."""
+
+    @functools.wraps(fn)
+    def step(*args, **kwargs):
+        at = _STATE_AT[fn.__name__]
+        state = args[at] if len(args) > at else None
+        if state is None or (state.dtype == torch.float32 and state.is_contiguous()):
+            return fn(*args, **kwargs)
+        own = state.float().contiguous()
+        out = fn(*args[:at], own, *args[at + 1 :], **kwargs)
+        state.copy_(own)
+        return out
+
+    return step
+
+
+_STATE_AT = {"additive_step": 3, "delta_step": 4, "window_linear_step": 5}
+
+
+@_in_place
 def additive_step(q, k, v, state, log_decay=None, *, scale=1.0):
     B, H, K = q.shape
     G, V = k.shape[1], v.shape[2]
@@ -342,6 +364,7 @@ def additive_step(q, k, v, state, log_decay=None, *, scale=1.0):
     return o
 
 
+@_in_place
 def delta_step(q, k, v, beta, state, log_decay=None, *, scale=1.0):
     B, H, K = q.shape
     G, V = k.shape[1], v.shape[2]
@@ -355,6 +378,7 @@ def delta_step(q, k, v, beta, state, log_decay=None, *, scale=1.0):
     return o
 
 
+@_in_place
 def window_linear_step(
     q, k, v, fq=None, mix=None, state=None, left_fk=None, left_v=None, log_decay=None, *, scale=None, sink_k_BNGK=None, sink_v_BNGV=None
 ):

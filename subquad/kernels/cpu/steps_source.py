@@ -53,7 +53,7 @@ extern "C" void subquad_window_linear_step(const StepArgs* pa) {
   int Kp = up(a.K), Vp = up(a.V), V1 = a.V + 1;
   int64_t n = a.W + a.N;
   float *p = arena.get(a.R * n), *q = arena.get(a.R * Kp), *row = arena.get(Kp > Vp ? Kp : Vp), *out = arena.get(a.R * Vp), *y = arena.get(a.R * V1);
-  float* lv = arena.get(V1);
+  float *lv = arena.get(V1), *mass = arena.get(a.R), *high = arena.get(a.R);
   for (int64_t b = 0; b < a.B; b++)
     for (int64_t h = 0; h < a.G; h++) {
       for (int64_t r = 0; r < a.R; r++) load_tile(a.q, b, 0, h * a.R + r, 1, a.K, 0, 1, q + r * Kp, a.scale);
@@ -61,7 +61,6 @@ extern "C" void subquad_window_linear_step(const StepArgs* pa) {
         load_tile(j < a.N ? a.sk : a.k, b, j < a.N ? j : j - a.N, h, 1, a.K, 0, n, row);
         for (int64_t r = 0; r < a.R; r++) p[r * n + j] = dot(q + r * Kp, row, Kp);
       }
-      float mass[64], high[64];
       for (int64_t r = 0; r < a.R; r++) {
         float m = p[r * n], s = 0;
         for (int64_t j = 1; j < n; j++) m = p[r * n + j] > m ? p[r * n + j] : m;

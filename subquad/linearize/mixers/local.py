@@ -53,9 +53,7 @@ def plain_position(call: AttentionCall) -> int | None:
 
 def one_token(call: AttentionCall) -> bool:
     """A decode step without gradients: the ops have a form for it."""
-    return call.k_BTGK.shape[1] == 1 and not (
-        torch.is_grad_enabled() and any(x.requires_grad for x in (call.q_BTGRK, call.k_BTGK, call.v_BTGV))
-    )
+    return call.k_BTGK.shape[1] == 1 and not torch.is_grad_enabled()
 
 
 @dataclass
