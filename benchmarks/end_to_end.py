@@ -1,0 +1,131 @@
+"""A whole model, teacher and student in one process: layer-local transfer, prefill, decode, memory of prefill.
+
+    python benchmarks/end_to_end.py smollm2-135m [--mixer window_linear] [--window 64] [--threads 1] [--rounds 3]
+
+Lines: tokens/s of one transfer step (forward, and backward of every mixer) over the teacher's plain forward, at T = 1,024 and 4,096; tokens/s of a
+prefill of 16,384 tokens by the converted model over the teacher's; decode steps per second with 32,768 tokens in the cache; growth of the peak memory
+of the student's prefill from 8,192 to 16,384 tokens. Contenders take turns; the minimum counts (processor time with one thread, wall time otherwise).
+"""
+
+import argparse
+import copy
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+import subquad
+from subquad.distill.objectives import transfer_objective
+from subquad.evals.speed import decode
+from subquad.linearize.modes import transfer
+from subquad.linearize.params import mixer_parameters
+from subquad.linearize.state import cache_bytes
+from subquad.linearize.teacher import load_teacher
+
+
+def minima(contenders: dict, rounds: int, clock) -> dict[str, float]:
+    best: dict[str, float] = {}
+    for _ in range(rounds):
+        for name, fn in contenders.items():
+            start = clock()
+            fn()
+            best[name] = min(best.get(name, float("inf")), clock() - start)
+    return best
+
+
+def converted(model, mixer: str, window: int):
+    student = subquad.linearize(copy.deepcopy(model), subquad.plan(model, mixer=mixer, window=window, sinks=4))
+    return student.eval().requires_grad_(False)
+
+
+def transfer_rows(teacher, student, lengths, rounds, clock) -> list[str]:
+    parameters = mixer_parameters(student)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    objective = transfer_objective(student, transfer, {"attention_output": 1.0})
+    lines = []
+    for T in lengths:
+        ids = torch.randint(0, 40000, (1, T), generator=torch.Generator().manual_seed(T))
+
+        def step(ids=ids):
+            objective(ids, lambda loss: loss.backward())
+            for parameter in parameters.values():
+                parameter.grad = None
+
+        def forward(ids=ids):
+            with torch.no_grad():
+                teacher(input_ids=ids, use_cache=False)
+
+        best = minima({"teacher": forward, "transfer": step}, rounds, clock)
+        lines.append(
+            f"| transfer, T = {T} | {T / best['teacher']:.0f} | {T / best['transfer']:.0f} | {best['teacher'] / best['transfer']:.2f} |"
+        )
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    return lines
+
+
+def prefill(model, T: int):
+    ids = torch.randint(0, 40000, (1, T), generator=torch.Generator().manual_seed(T))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+
+def peak_megabytes(arguments: list[str]) -> float:
+    """Peak memory of a process that does one prefill."""
+    return float(subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--mixer", default="window_linear")
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lengths", default="1024,4096", help="of transfer")
+    parser.add_argument("--prefill", type=int, default=16384)
+    parser.add_argument("--decode", type=int, default=32768)
+    parser.add_argument("--only-prefill", type=int, help="prefill by the student, print peak megabytes, stop")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    clock = time.process_time if asked.threads == 1 else time.perf_counter
+    teacher, _ = load_teacher(asked.model)
+    teacher.eval().requires_grad_(False)
+    student = converted(teacher, asked.mixer, asked.window)
+    if asked.only_prefill is not None:
+        if asked.only_prefill:
+            prefill(student, asked.only_prefill)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    print(f"{asked.model}, {asked.mixer}, window {asked.window}, {asked.threads} thread(s), fp32\n")
+    print("| what | teacher tokens/s | student tokens/s | ratio |\n|---|---|---|---|", flush=True)
+    for line in transfer_rows(teacher, student, map(int, asked.lengths.split(",")), asked.rounds, clock):
+        print(line, flush=True)
+    best = minima(
+        {"t": lambda: prefill(teacher, asked.prefill), "s": lambda: prefill(student, asked.prefill)}, max(asked.rounds - 1, 1), clock
+    )
+    print(
+        f"| prefill, T = {asked.prefill} | {asked.prefill / best['t']:.0f} | {asked.prefill / best['s']:.0f} | {best['t'] / best['s']:.2f} |",
+        flush=True,
+    )
+    if asked.decode:
+        from contextlib import nullcontext
+
+        models = {"t": lambda: nullcontext(teacher), "s": lambda: nullcontext(student)}
+        rows = decode(models, torch.arange(1000) + 100, cache_bytes=cache_bytes, contexts=asked.decode, new_tokens=8)
+        rate = {row["model"]: row["value"] for row in rows if row["metric"] == "decode_tokens_per_second"}
+        print(
+            f"| decode, {asked.decode} tokens in the cache | {rate['t']:.1f} | {rate['s']:.1f} | {rate['s'] / rate['t']:.2f} |", flush=True
+        )
+    more = ["--mixer", asked.mixer, "--window", str(asked.window), "--threads", str(asked.threads)]
+    idle, half, full = (peak_megabytes([asked.model, *more, "--only-prefill", str(T)]) for T in (0, asked.prefill // 2, asked.prefill))
+    print(
+        f"\npeak memory above the loaded models: {half - idle:.0f} MB at {asked.prefill // 2} tokens, {full - idle:.0f} MB at {asked.prefill}"
+    )
+
+
+if __name__ == "__main__":
+    main()
