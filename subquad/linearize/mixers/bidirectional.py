@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.additive import additive_chunk
-from subquad.linearize.mixers import memory
 from subquad.linearize.mixers.base import AttentionCall
 from subquad.linearize.mixers.key_weights import NOTHING, TINY
+from subquad.linearize.mixers.memory import has_total
 from subquad.linearize.mixers.normalisers import EPS, Sums
 from subquad.linearize.mixers.stream import positions, real, seen
 
@@ -37,7 +37,7 @@ def whole_sequence(cell, call: AttentionCall) -> Tensor:
     if cell.pieces["key_weight"] == "flow":
         allocation, weight = _flow(q, k, on, n)
         value = v * weight
-    if memory.has_total(cell.pieces):
+    if has_total(cell.pieces):
         value = torch.cat([value, torch.ones_like(v[..., :1])], -1)
     if cell.pieces["normaliser"] == "feature":
         q = q / k.sum(1).clamp_min(torch.finfo(torch.float32).tiny)[:, None, :, None]

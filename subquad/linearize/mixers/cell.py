@@ -11,7 +11,6 @@ from torch import Tensor
 
 from subquad.kernels.additive import additive_chunk
 from subquad.kernels.delta import delta_chunk
-from subquad.linearize.mixers import memory
 from subquad.linearize.mixers.base import AttentionCall, HeadShape, Mixer
 from subquad.linearize.mixers.bidirectional import whole_sequence
 from subquad.linearize.mixers.combine import COMBINES, TINY, join, some_older
@@ -20,6 +19,7 @@ from subquad.linearize.mixers.feature_maps import FEATURE_MAPS, make_map
 from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.key_weights import KEY_WEIGHTS, NOTHING, running
 from subquad.linearize.mixers.local import Local, local_attention
+from subquad.linearize.mixers.memory import base_features, close_parts, has_total, kept_sizes, open_parts, part_shapes
 from subquad.linearize.mixers.normalisers import EPS, NORMALISERS, Normaliser, Sums
 from subquad.linearize.mixers.outputs import OUTPUTS
 from subquad.linearize.mixers.partitions import Routes, routed
@@ -52,7 +52,7 @@ class Cell(Mixer):
         self.map_row, self.norm_row = FEATURE_MAPS[p["feature_map"]], NORMALISERS[p["normaliser"]]
         self.plain = self.position_row.plain
         G, R, K = shape.kv_heads, shape.groups, shape.key
-        self.kept_sizes, self.part_shapes = memory.kept_sizes(shape, p), memory.part_shapes(shape, p)
+        self.kept_sizes, self.part_shapes = kept_sizes(shape, p), part_shapes(shape, p)
         self.slotted = self.container.endswith("slots")
         self.early = p["key_weight"] != "none" or self.position_row.phases > 0  # remembers tokens before they leave the window
         options = dict(features=p["features"], horizon=p["horizon"])
@@ -60,7 +60,7 @@ class Cell(Mixer):
             self.map_q, self.map_k = make_map(p["feature_map"], "q", (G, R), K, options), make_map(p["feature_map"], "k", (G,), K, options)
             if hasattr(self.map_q, "tie"):
                 self.map_q.tie(self.map_k)
-        base = memory.base_features(shape, p)
+        base = base_features(shape, p)
         self.decay = None if self.decay_row.module is None else self.decay_row.module(shape, base, p["rank"])
         self.beta = InputGate(shape.hidden, (G, 1), 0.0) if WRITES[self.write].corrects else None
         self.slot = slot_gate(shape, p["slots"]) if self.slotted else None
@@ -82,7 +82,7 @@ class Cell(Mixer):
         if not call.causal:
             return whole_sequence(self, call).to(call.v_BTGV.dtype)
         before = call.state.memory if call.state is not None else None
-        parts = memory.open_parts(before, self.part_shapes, call.k_BTGK)
+        parts = open_parts(before, self.part_shapes, call.k_BTGK)
         position = positions(call, seen(call))
         kept, now = self.own_step(call, position, parts)
         local = None
@@ -90,7 +90,7 @@ class Cell(Mixer):
             local = local_attention(call, self.window, self.sinks, pack_kept(kept))
             if local.left_k is None:
                 if call.state is not None and (before is not None or self.early):
-                    call.state.memory = memory.close_parts(parts)
+                    call.state.memory = close_parts(parts)
                 return local.output().to(call.v_BTGV.dtype)
             stream = leaving(local, self.kept_sizes, position, self.window)
         else:
@@ -98,7 +98,7 @@ class Cell(Mixer):
             count(call)
         out = self.joined(call, local, stream, now, parts)
         if call.state is not None:
-            call.state.memory = memory.close_parts(parts)
+            call.state.memory = close_parts(parts)
         return out.to(call.v_BTGV.dtype)
 
     # --- a token's own step: what is kept with it until it is written -----------------------------------------------------------------
@@ -220,7 +220,7 @@ class Cell(Mixer):
         decay = _plus(self.log_decay(call, stream), shift)
         v = stream.v.float() * on
         columns = [v * stream.kept["weight"] if self.pieces["normaliser"] == "flow" else v]
-        if memory.has_total(self.pieces):
+        if has_total(self.pieces):
             columns.append(torch.ones_like(v[..., :1]))
         if "outgoing" in stream.kept:
             columns.append(stream.kept["outgoing"])
@@ -228,7 +228,7 @@ class Cell(Mixer):
         if self.pieces["normaliser"] == "feature":
             q = q / running(k, state[:, :, :F, V]).clamp_min(TINY).unsqueeze(3)
         y, after = additive_chunk(q, k, torch.cat(columns, -1), decay, state[:, :, :F].contiguous())
-        sums = Sums(y[..., :V], y[..., V] if memory.has_total(self.pieces) else None, eps=1e-30 if self.map_row.exponential else EPS)
+        sums = Sums(y[..., :V], y[..., V] if has_total(self.pieces) else None, eps=1e-30 if self.map_row.exponential else EPS)
         if self.norm_row.counts:
             row = state[:, :, F]
             sums.u, n = running(v, row[..., :V]), running(on[..., 0].expand(-1, -1, row.shape[1]), row[..., V])
@@ -266,11 +266,11 @@ class Cell(Mixer):
 
     @classmethod
     def memory_bytes(cls, shape: HeadShape, **pieces) -> int:
-        return 4 * sum(torch.Size(size).numel() for size in memory.part_shapes(shape, {**DEFAULTS, **pieces}).values())
+        return 4 * sum(torch.Size(size).numel() for size in part_shapes(shape, {**DEFAULTS, **pieces}).values())
 
     @classmethod
     def extra_size(cls, shape: HeadShape, **pieces) -> int:
-        return sum(memory.kept_sizes(shape, {**DEFAULTS, **pieces}).values())
+        return sum(kept_sizes(shape, {**DEFAULTS, **pieces}).values())
 
     @classmethod
     def kept_tokens(cls, tokens: int, window: int, sinks: int, combine: str = "joint", **pieces) -> tuple[int, int]:

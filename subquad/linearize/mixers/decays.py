@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.kernels.additive import MIN_LOG_DECAY
 from subquad.linearize.mixers.base import HeadShape
 from subquad.linearize.mixers.gates import DAMPING, InputGate, log_decay
 
@@ -120,7 +121,7 @@ class DualGate(nn.Module):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         g, tau = self.parts(hidden_BTD)
-        return -g * tau
+        return (-g * tau).clamp_min(MIN_LOG_DECAY)  # what op 1 can hold in one step; the paper has no such floor
 
 
 DECAYS = {

@@ -39,6 +39,8 @@ def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
             similar = similar * mixer.mix(call.hidden_BTD).exp().permute(0, 2, 3, 1)[..., None]
         if mixer.combine == "joint_top":  # the maximum counts as a constant
             top = (scores_of(call).masked_fill(~near(mixer, T), float("-inf"))).amax(-1, keepdim=True).detach()
+            if call.sink_logit_GR is not None:
+                top = torch.maximum(top, call.sink_logit_GR[None, :, :, None, None])
             similar = similar * top.exp() / torch.sigmoid(mixer.factor)[None, :, :, None, None]
         both = weights + similar
         return _apply(both / (both.sum(-1, keepdim=True) + extra), call.v_BTGV)

@@ -119,7 +119,10 @@ MIXERS = {
     "retnet": _cell(
         "fixed decays", "B13 Dependencies", "RetNet (2023)", feature_map="identity", decay="fixed", normaliser="none", output="norm_gate"
     ),
-    "retention": _cell("fixed decays, norm without gate", "B13", "RetNet (2023), one dimension of RMT", feature_map="identity", decay="fixed", normaliser="none", output="norm"),
+    "retention": _cell(
+        "fixed decays, norm without gate", "B13", "RetNet (2023), one dimension of RMT",
+        feature_map="identity", decay="fixed", normaliser="none", output="norm",
+    ),
     "gated_linear": _cell(
         "vector gates of the token that is written", "Dependencies", "GLA (2023)",
         feature_map="identity", decay="own_vector", normaliser="none", output="norm_gate",

@@ -46,7 +46,9 @@ def softmax_slots(logit_BTGM: Tensor, on_BT: Tensor, total_BGM: Tensor) -> tuple
     return write, running(write, total_BGM)
 
 
-def slot_logits(q_BTGRK: Tensor, k_BTGK: Tensor, write_BTGM: Tensor, log_f_BTGM: Tensor | None, state_BGMK: Tensor) -> tuple[Tensor, Tensor]:
+def slot_logits(
+    q_BTGRK: Tensor, k_BTGK: Tensor, write_BTGM: Tensor, log_f_BTGM: Tensor | None, state_BGMK: Tensor
+) -> tuple[Tensor, Tensor]:
     """(K~_t q_t [B, T, G, R, M], the slots' keys after the last token). Chunkwise; decays stand on the side that is read out, M."""
     T = q_BTGRK.shape[1]
     C = min(CHUNK, T)
