@@ -13,6 +13,7 @@ from subquad.linearize.mixers.normalisers import NORMALISERS
 from subquad.linearize.mixers.outputs import OUTPUTS
 from subquad.linearize.mixers.positions import POSITIONS
 from subquad.linearize.mixers.presets import MIXERS, Preset
+from subquad.linearize.mixers.score_weights import WEIGHTS
 from subquad.linearize.mixers.writes import WRITES
 from subquad.registry import check_name, lookup, nearest
 
@@ -22,6 +23,10 @@ __all__ = ["CHOICES", "CLASSES", "MIXERS", "Preset", "build", "causal", "mixer_c
 CLASSES = {
     "window": "subquad.linearize.mixers.window:Window",
     "cell": "subquad.linearize.mixers.cell:Cell",
+    "full": "subquad.linearize.mixers.full:Full",
+    "nsa": "subquad.linearize.mixers.sparse:NativeSparse",
+    "delta_attention": "subquad.linearize.mixers.sparse:DeltaCorrection",
+    "shared_key": "subquad.linearize.mixers.shared_key:SharedKey",
 }
 
 CONTAINERS = ("plain", "gated_slots", "softmax_slots", "partitions")
@@ -46,6 +51,9 @@ CHOICES = {
         "partitions": int,
         "top": int,
     },
+    "full": {"weights": tuple(WEIGHTS), "forget": bool, "gated": bool, "blocks": bool, "near": bool, "top": int},
+    "nsa": {"top": int},
+    "delta_attention": {"stride": int},
 }
 
 
@@ -66,6 +74,8 @@ def pieces(name: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
             problems.append(f"options.{key}: no such option.{nearest(key, choices)} Known: {', '.join(choices)}.")
         elif isinstance(choices[key], tuple) and value not in choices[key]:
             problems.append(f"options.{key}: got {value!r}, allowed: {', '.join(choices[key])}.")
+        elif choices[key] is bool and not isinstance(value, bool):
+            problems.append(f"options.{key}: expected true or false, got {value!r}.")
         elif choices[key] in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, choices[key]))):
             problems.append(f"options.{key}: expected a {choices[key].__name__}, got {value!r}.")
         elif choices[key] is int and value < (0 if key == "features" else 1):

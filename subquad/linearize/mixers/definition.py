@@ -11,18 +11,28 @@ where combine is `alone`):
 linear_t is what normalisers.py and outputs.py make of w_t. As long as older(t) is empty, o_t is the window's. Key: as in cell.py; J tokens that are read.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, Mixer
 from subquad.linearize.mixers.cell import Cell
+from subquad.linearize.mixers.definition_full import full_definition
+from subquad.linearize.mixers.shared_key import SharedKey
 from subquad.linearize.mixers.slots import DAMPING, LIMIT
+from subquad.linearize.mixers.window import Window
 
 
 def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
     """o [B, T, G, R, V] of a call without state or padding, in the dtype of q; O(T^2)."""
-    if not isinstance(mixer, Cell):
+    if isinstance(mixer, SharedKey):
+        key = torch.einsum("btgk,g->btk", call.k_BTGK, mixer.share).unsqueeze(2)
+        return window_attention(mixer, replace(call, k_BTGK=key.expand_as(call.k_BTGK)))[0]
+    if isinstance(mixer, Window):
         return window_attention(mixer, call)[0]
+    if not isinstance(mixer, Cell):
+        return full_definition(mixer, call)
     T, alone = call.q_BTGRK.shape[1], mixer.combine == "alone"
     t, j = torch.arange(T)[:, None], torch.arange(T)[None]
     older = (j <= t) if alone else (j <= t - mixer.window) & (j >= mixer.sinks)

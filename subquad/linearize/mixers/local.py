@@ -66,7 +66,7 @@ def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Te
         if call.real_BT is not None:
             local.left_BT = local.left_BT & call.real_BT
     if state is not None:
-        _remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v)
+        remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v)
     return local
 
 
@@ -94,7 +94,8 @@ def _sinks(call: AttentionCall, sinks: int, seen_B: Tensor, fewest: int) -> tupl
     return torch.where(old, state.sink_k, k), torch.where(old, state.sink_v, v)
 
 
-def _remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v) -> None:
+def remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v) -> None:
+    """Keep the last `window` real tokens of k, v [B, before + T, G, *] (and of what is kept with them) in the state, and count the new ones."""
     state, T = call.state, call.k_BTGK.shape[1]
     keep = min(window, before + T)
     if call.real_BT is None:

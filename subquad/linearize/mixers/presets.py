@@ -24,6 +24,10 @@ def _cell(about: str, seeds: str, paper: str, needs: str = "attention transfer",
     return Preset(about, seeds, "cell", {"combine": "gated", "mass": -2.0, **pieces}, paper, needs, directions=directions)
 
 
+def _full(about: str, seeds: str, paper: str, needs: str = "nothing", exact: str = "", **pieces: Any) -> Preset:
+    return Preset(about, seeds, "full", pieces, paper, needs, exact)
+
+
 def _encoder(about: str, seeds: str, paper: str, **pieces: Any) -> Preset:
     return Preset(about, seeds, "cell", {"combine": "alone", **pieces}, paper, exact="", directions=("bidirectional",))
 
@@ -164,6 +168,35 @@ MIXERS = {
     "supra": _cell(
         "learned ReLU features, fixed decays, norm", "G01", "SUPRA (2024)", feature_map="relu_linear", decay="fixed", normaliser="none", output="norm"
     ),
+    "swat": _full("a window of sigmoid weights with slopes of both signs", "C04", "SWAT (2025), paper form", "attention transfer", weights="sigmoid", near=True),
+    "shared_key": Preset("window attention with one key for all heads", "C08", "shared_key", paper="Rodimus+ (2024), its SW-SKA", exact=""),
+    # --- every key and value is kept: other weights than the softmax's, or fewer keys looked at ---
+    "blocked_softmax": _full("exact softmax, queries in blocks", "J01", "Self-attention Does Not Need O(n^2) Memory (2021)", exact="always"),
+    "adasplash": _full("1.5-entmax", "D01", "AdaSplash (2025)", "annealing", weights="entmax15"),
+    "entmax": _full("alpha-entmax, alpha learned per head", "D02", "Adaptively Sparse Transformers (2019)", "attention transfer", weights="entmax"),
+    "sparsemax": _full("projection onto the simplex", "D03", "Sparsemax (2016)", "attention transfer", weights="sparsemax"),
+    "moba": _full("the own block and the best blocks", "D06", "MoBA (2025)", exact="options.top as large as the number of blocks", blocks=True),
+    "nsa": Preset(
+        "block means, best blocks and a window, gated", "D07", "nsa", paper="Native Sparse Attention (2025)",
+        exact="gates 0, 0, 1 and a window as long as the text",
+    ),
+    "delta_attention": Preset(
+        "window with corrections from every 16th query's full attention", "D09", "delta_attention", paper="Delta Attention (2025)", needs="nothing",
+        exact="options.stride 1, or a window as long as the text",
+    ),
+    "sigmoid": _full("sigmoid weights, bias -ln n", "E01", "FlashSigmoid (2024)", "attention transfer", weights="sigmoid"),
+    "relu": _full("ReLU weights over the count", "E02", "Replacing softmax with ReLU (2023)", "attention transfer", weights="relu"),
+    "softpick": _full("rectified softmax", "E04", "Softpick (2025)", "attention transfer", weights="softpick"),
+    "scalable_softmax": _full("softmax of s ln n z", "E05", "Scalable-Softmax (2025)", exact="p ln n = 1, at the start so at 1,024 tokens", weights="scalable"),
+    "self_adjust": _full("softmax times its logit", "E06", "Self-Adjust Softmax (2025)", "attention transfer", weights="self_adjusted"),
+    "power_softmax": _full("squares over their sum", "E08", "Power-Softmax (2024), p = 2", "attention transfer", weights="power"),
+    "fox": _full(
+        "softmax with forget gates, faded keys pruned", "E09", "Forgetting Transformer (2025), Adaptive Computation Pruning (2025)",
+        exact="the forget gates' bias to +infinity", forget=True,
+    ),
+    "softmax1": _full("softmax with a learned sink", "E14", "Outlier-Efficient Hopfield Layers (2024)", exact="the sink's logit to -infinity", weights="softmax1"),
+    "clipped_softmax": _full("softmax stretched and clipped", "E15", "Quantizable Transformers (2023)", exact="a stretch of 0, as at the start", weights="clipped"),
+    "gated_attention": _full("softmax times an output gate", "E15", "Quantizable Transformers (2023)", exact="the gate's bias to +infinity", gated=True),
     # --- encoders only ---
     "lion_lit": _encoder("LION without decay", "B10", "LION (2025)", feature_map="elu1"),
     "lion_d": _encoder("LION with a fixed decay per head", "B10", "LION (2025)", feature_map="elu1", decay="fixed"),
