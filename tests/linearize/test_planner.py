@@ -120,7 +120,7 @@ def test_problems_are_named_all_at_once(config, what):
 
 
 MODELS = {
-    "not causal": ("bert", {}, "not causal"),
+    "not causal": ("bert", {}, "bidirectional and mixer .window. is not"),
     "chunked attention, named": (
         "llama4_text",
         {"head_dim": 16, "num_local_experts": 4, "attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 3},

@@ -45,17 +45,17 @@ def _full(mixer: Full, call: AttentionCall, s: Tensor, apart: Tensor) -> Tensor:
     seen = mask.expand_as(s)
     if mixer.blocks:
         seen = _best_blocks(mixer, call, T) & seen
-    weights = torch.zeros_like(s)
-    for t in range(T):
-        for g in range(G):
-            for r in range(R):
-                p = None if mixer.p is None else mixer.p[g, r]
-                for b in range(s.shape[0]):
-                    on = seen[b, g, r, t]
-                    w = RULES[mixer.row.fn.__name__](s[b, g, r, t, on], int(mask[t].sum()), p)
-                    if call.sink_logit_GR is not None:
-                        w = w * torch.sigmoid(s[b, g, r, t, on].logsumexp(-1) - call.sink_logit_GR[g, r])
-                    weights[b, g, r, t] = weights[b, g, r, t].masked_scatter(on, w)
+    if mixer.blocks:
+        weights = _softmax(s, seen, call)
+    else:
+        rule, p, rows = RULES[mixer.row.fn.__name__], None if mixer.p is None else mixer.p[..., None], []
+        for t in range(T):
+            on = mask[t]
+            w = rule(s[..., t, on], int(on.sum()), p)
+            if call.sink_logit_GR is not None:
+                w = w * torch.sigmoid(s[..., t, on].logsumexp(-1) - call.sink_logit_GR)[..., None]
+            rows.append(torch.zeros(*s.shape[:3], T).masked_scatter(on.expand(*s.shape[:3], T), w))
+        weights = torch.stack(rows, 3)
     out = _read(weights, call.v_BTGV)
     return out if mixer.gate is None else out * torch.sigmoid(mixer.gate(call.hidden_BTD)).unsqueeze(-1)
 
@@ -77,23 +77,31 @@ def _best_blocks(mixer: Full, call: AttentionCall, T: int) -> Tensor:
 
 def _entmax(z: Tensor, alpha: Tensor | float) -> Tensor:
     """relu((alpha - 1) z - tau)^(1 / (alpha - 1)), tau by bisection in fp64 and one differentiable Newton step."""
-    z, alpha = z.double() * (alpha - 1), alpha
+    z = z.double() * (alpha - 1)
     power = 1 / (alpha - 1)
-    low, high = z.detach().max() - 1, z.detach().max()
+    high = z.detach().amax(-1, keepdim=True)
+    low = high - 1
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if ((z.detach() - middle).relu() ** power).sum() >= 1 else (low, middle)
+        enough = ((z.detach() - middle).relu() ** power).sum(-1, keepdim=True) >= 1
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     gap = (z - low).relu()
-    slope = (power * gap[gap > 0] ** (power - 1)).sum().detach()
-    tau = low + ((gap**power).sum() - (gap**power).sum().detach()) / slope
+    total = (gap**power).sum(-1, keepdim=True)
+    slope = torch.where(gap > 0, power * gap.clamp_min(1e-300) ** (power - 1), 0.0).sum(-1, keepdim=True).detach()
+    tau = low + (total - total.detach()) / slope
     return ((z - tau).relu() ** power).float()
 
 
 def _self_adjusted(z: Tensor, n: int, p: Tensor | None) -> Tensor:
-    low, high = z.min().clamp_max(0), z.max().clamp_min(0)
+    low, high = z.amin(-1, keepdim=True).clamp_max(0), z.amax(-1, keepdim=True).clamp_min(0)
     return (z - low) / (high - low) * z.softmax(-1)
 
 
+def _over(x: Tensor) -> Tensor:
+    return x / x.sum(-1, keepdim=True)
+
+
+# Name of the function in score_weights.py -> the same for the scores [.., n] of the keys a query sees.
 RULES = {
     "softmax": lambda z, n, p: z.softmax(-1),
     "entmax15": lambda z, n, p: _entmax(z, 1.5),
@@ -101,11 +109,11 @@ RULES = {
     "entmax": lambda z, n, p: _entmax(z, 1.02 + 0.98 * torch.sigmoid(p)),
     "sigmoid": lambda z, n, p: 1 / (1 + torch.exp(-(z + p)) * n),
     "relu": lambda z, n, p: z.relu() / n,
-    "softpick": lambda z, n, p: (z.exp() - 1).relu() / ((z.exp() - 1).abs().sum() + 1e-12),
-    "scalable": lambda z, n, p: (max(n, 2) ** (p * z)) / (max(n, 2) ** (p * z)).sum(),
+    "softpick": lambda z, n, p: (z.exp() - 1).relu() / ((z.exp() - 1).abs().sum(-1, keepdim=True) + 1e-12),
+    "scalable": lambda z, n, p: _over(max(n, 2) ** (p * z)),
     "self_adjusted": _self_adjusted,
-    "power": lambda z, n, p: z.square() / z.square().sum(),
-    "softmax1": lambda z, n, p: z.exp() / (p.exp() + z.exp().sum()),
+    "power": lambda z, n, p: _over(z.square()),
+    "softmax1": lambda z, n, p: z.exp() / (p.exp() + z.exp().sum(-1, keepdim=True)),
     "clipped": lambda z, n, p: ((1 + p / n) * z.softmax(-1) - p / n).clamp(0, 1),
 }
 
