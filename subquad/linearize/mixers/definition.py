@@ -191,26 +191,21 @@ def _normalised(mixer: Cell, call: AttentionCall, w: Tensor, older: Tensor) -> T
 
 
 def _competition(q: Tensor, k: Tensor) -> Tensor:
-    """RALA's alpha [B, J, G], one token at a time."""
-    found = []
-    for j in range(q.shape[1]):
-        mean = q[:, : j + 1].mean((1, 3))
-        # Each token's logit stays the one it had when it came.
-        logits = torch.stack([(q[:, : i + 1].mean((1, 3)) * k[:, i]).sum(-1) for i in range(j)] + [(mean * k[:, j]).sum(-1)], 1)
-        found.append((logits / k.shape[-1] ** 0.5).softmax(1)[:, -1] * (j + 1))
-    return torch.stack(found, 1)
+    """RALA's alpha [B, J, G]: each token's logit stays the one it had when it came."""
+    means = [q[:, : j + 1].mean((1, 3)) for j in range(q.shape[1])]
+    logits = torch.stack([(mean * k[:, j]).sum(-1) for j, mean in enumerate(means)], 1) / k.shape[-1] ** 0.5
+    return torch.stack([logits[:, : j + 1].softmax(1)[:, -1] * (j + 1) for j in range(q.shape[1])], 1)
 
 
 def _flow(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Flow-Attention's c [B, J, G] and O [B, J, G], one token at a time."""
-    incoming = [torch.einsum("bgrf,bjgf->bgr", q[:, i], k[:, : i + 1]) / (i + 1) for i in range(q.shape[1])]
-    outgoing = [torch.einsum("bgf,bigrf->bg", k[:, j], q[:, : j + 1]) / q.shape[3] / (j + 1) for j in range(q.shape[1])]
-    competing = []
-    for j in range(q.shape[1]):
-        flows = [torch.einsum("bgf,bgrf->bgr", k[:, j], q[:, i]) / incoming[i] for i in range(j + 1)]
-        competing.append((torch.stack(flows).sum(0).mean(-1) / (j + 1)).clamp(-1, 1).exp())
-    weight = [competing[j] / torch.stack(competing[: j + 1]).sum(0) * (j + 1) for j in range(len(competing))]
-    return torch.stack(weight, 1), torch.stack(outgoing, 1)
+    """Flow-Attention's c [B, J, G] and O [B, J, G], from all pairs of queries i and keys j."""
+    pairs, T = torch.einsum("bigrf,bjgf->bgrij", q, k), q.shape[1]
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    incoming = (pairs * (j <= i)).sum(-1, keepdim=True) / (i + 1)
+    outgoing = (pairs * (i <= j)).sum(-2).mean(2) / (j[0] + 1)
+    competing = ((pairs / incoming * (i <= j)).sum(-2).mean(2) / (j[0] + 1)).clamp(-1, 1).exp()
+    weight = torch.stack([competing[..., n] / competing[..., : n + 1].sum(-1) * (n + 1) for n in range(T)], 1)
+    return weight, outgoing.transpose(1, 2)
 
 
 def _delta(mixer: Cell, call: AttentionCall) -> Tensor:
