@@ -57,13 +57,21 @@ def one(name: str, model, recipe: Recipe, train: Tokens, held_out: Tokens, out: 
     log, began, trained = JsonLog(out / f"{name}.jsonl"), time.monotonic(), 0
     try:
         if what.parameters_added():
-            trained = heal(student, [stage], train, open_teacher=lambda: None, folder=out / "checkpoints", log=log, seed=recipe.seed, report=Reporter())
+            trained = heal(
+                student, [stage], train, open_teacher=lambda: None, folder=out / "checkpoints", log=log, seed=recipe.seed, report=Reporter()
+            )
         speed = trained / (time.monotonic() - began)
         student.eval()
         found = measure(student, held_out, arguments.tasks)
     finally:
         restore(model)
-    return {"preset": name, **found, "state bytes": what.student_bytes(CONTEXT), "parameters added": what.parameters_added(), "train tokens/s": speed}
+    return {
+        "preset": name,
+        **found,
+        "state bytes": what.student_bytes(CONTEXT),
+        "parameters added": what.parameters_added(),
+        "train tokens/s": speed,
+    }
 
 
 def table(rows: list[dict]) -> str:

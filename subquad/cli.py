@@ -232,8 +232,15 @@ def mixers(
     planned = None if model is None else make_plan(model, name, window, sinks, None, None)
     if json:
         return show(found if planned is None else found | {"model": planned.summary()})
-    print(f"{found['name']} - {found['about']}", f"paper      {found['paper']} (table row {', '.join(found['seeds'])})", *found["formula"], sep="\n")
-    print(f"direction  {', '.join(found['directions'])}", f"needs      {found['needs']}", f"is exact   {found['exact'] or 'never'}", sep="\n")
+    print(
+        f"{found['name']} - {found['about']}",
+        f"paper      {found['paper']} (table row {', '.join(found['seeds'])})",
+        *found["formula"],
+        sep="\n",
+    )
+    print(
+        f"direction  {', '.join(found['directions'])}", f"needs      {found['needs']}", f"is exact   {found['exact'] or 'never'}", sep="\n"
+    )
     if planned is not None:
         planned.render(reporter(json).console)
 

@@ -171,7 +171,7 @@ def _problems() -> dict[nn.Module, str]:
     problems = {}
     for module, *_, own_mask in _seen:
         index = getattr(module, "layer_idx", None)
-        if calls[module] > 1 or index is not None and (index < 0 or layers[index] > 1):
+        if calls[module] > 1 or (index is not None and (index < 0 or layers[index] > 1)):
             problems[module] = (
                 "it attends more than once per token (shared between layers, or two softmaxes), and a mixer has one state. Keep it exact."
             )

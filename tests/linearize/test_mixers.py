@@ -97,7 +97,19 @@ def test_head_sizes_and_query_groups(case):
 
 
 # The window's own arithmetic is the same for all; these read and write beside it in different ways.
-BESIDE = ("window", "window_linear", "gla", "gated_delta", "gated_deltanet", "nha", "performer", "flowformer", "mala", "swat", "delta_attention")
+BESIDE = (
+    "window",
+    "window_linear",
+    "gla",
+    "gated_delta",
+    "gated_deltanet",
+    "nha",
+    "performer",
+    "flowformer",
+    "mala",
+    "swat",
+    "delta_attention",
+)
 
 
 @pytest.mark.parametrize("case", BESIDE)

@@ -35,7 +35,7 @@ def _softmax(s: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
 
 
 def _full(mixer: Full, call: AttentionCall, s: Tensor, apart: Tensor) -> Tensor:
-    G, R, T = s.shape[1], s.shape[2], s.shape[-1]
+    _G, _R, T = s.shape[1], s.shape[2], s.shape[-1]
     mask = (apart >= 0) & (apart < mixer.window) if mixer.near else apart >= 0
     if mixer.near:
         s = s + mixer.slopes[:, :, None, None] * apart

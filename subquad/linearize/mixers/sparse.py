@@ -130,5 +130,3 @@ class DeltaCorrection(Mixer):
     @classmethod
     def kept_tokens(cls, tokens: int, window: int, sinks: int, **pieces) -> tuple[int, int]:
         return tokens, 0
-
-
