@@ -29,7 +29,7 @@ CLASSES = {
     "shared_key": "subquad.linearize.mixers.shared_key:SharedKey",
 }
 
-CONTAINERS = ("plain", "gated_slots", "softmax_slots", "partitions")
+CONTAINERS = ("plain", "gated_slots", "softmax_slots", "partitions", "levels")
 
 # What the options of a class may be; classes that are not here take none.
 CHOICES = {
@@ -97,6 +97,8 @@ def _clashes(name: str, p: dict[str, Any]) -> list[str]:
         wrong += ["position"] if POSITIONS[p["position"]].phases else []
         return [f"mixer {name!r}: {key} {p[key]} does not go with slots, which have gates and a softmax of their own." for key in wrong]
     found = []
+    if p["container"] == "levels" and (write.corrects or norm.counts or p["key_weight"] != "none" or p["normaliser"] == "feature" or row.exponential):
+        found.append(f"mixer {name!r}: container levels goes with write additive, normaliser sum, clamped or none, and a map without exponents.")
     if write.corrects:
         if not p["feature_map"].startswith("unit") and p["feature_map"] != "silu_unit":
             found.append(f"mixer {name!r}: write delta needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}.")

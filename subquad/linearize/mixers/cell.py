@@ -18,6 +18,7 @@ from subquad.linearize.mixers.decays import DECAYS
 from subquad.linearize.mixers.feature_maps import FEATURE_MAPS, make_map
 from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.key_weights import KEY_WEIGHTS, NOTHING, running
+from subquad.linearize.mixers.levels import LevelWeights, read_all, read_steps
 from subquad.linearize.mixers.local import Local, local_attention
 from subquad.linearize.mixers.memory import base_features, close_parts, has_total, kept_sizes, open_parts, part_shapes
 from subquad.linearize.mixers.normalisers import EPS, NORMALISERS, Normaliser, Sums
@@ -38,7 +39,7 @@ DEFAULTS = dict(
 class Cell(Mixer):
     """Options: each a knob of SEEDS 3.2, a row of the table in the file of that name.
 
-    feature_map, decay, write, normaliser, key_weight, position, output, combine; container: plain | gated_slots | softmax_slots | partitions.
+    feature_map, decay, write, normaliser, key_weight, position, output, combine; container: plain | gated_slots | softmax_slots | partitions | levels.
     mass: the starting share of the linear branch, as a logit (gated, added) or as a log weight (joint). rank: of low-rank gates. features: of maps
     that can have any number (0: their own). horizon: longest distance of the cosine map. slots; partitions, top: how many there are, how many a
     token uses.
@@ -65,6 +66,7 @@ class Cell(Mixer):
         self.beta = InputGate(shape.hidden, (G, 1), 0.0) if WRITES[self.write].corrects else None
         self.slot = slot_gate(shape, p["slots"]) if self.slotted else None
         self.routes = Routes(shape, p["partitions"], p["top"]) if self.container == "partitions" else None
+        self.levels = LevelWeights(shape) if self.container == "levels" else None
         if self.position_row.phases:
             self.phases = Phases(shape, base // self.position_row.phases, p["rank"], ladder=self.position_row.phases == 2)
         if self.combine_row.gate == "token":
@@ -227,7 +229,10 @@ class Cell(Mixer):
         F, state = k.shape[-1], parts["sums"]
         if self.pieces["normaliser"] == "feature":
             q = q / running(k, state[:, :, :F, V]).clamp_min(TINY).unsqueeze(3)
-        y, after = additive_chunk(q, k, torch.cat(columns, -1), decay, state[:, :, :F].contiguous())
+        if self.levels is None:
+            y, after = additive_chunk(q, k, torch.cat(columns, -1), decay, state[:, :, :F].contiguous())
+        else:
+            y, after = self.read_levels(call, stream, q, k, torch.cat(columns, -1), decay, parts)
         sums = Sums(y[..., :V], y[..., V] if has_total(self.pieces) else None, eps=1e-30 if self.map_row.exponential else EPS)
         if self.norm_row.counts:
             row = state[:, :, F]
@@ -239,6 +244,20 @@ class Cell(Mixer):
             sums.allocation = y[..., V + 1] / sums.n.clamp_min(1)[..., None, None]
         parts["sums"] = after
         return sums, q_scale + k_scale
+
+    def read_levels(self, call: AttentionCall, stream: Stream, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, parts: dict[str, Tensor]):
+        """(y, states). In training all rows start with nothing written, so the first written token stands at the same place in all of them."""
+        weight = self.levels(call.hidden_BTD)
+        if call.state is None:
+            first = self.window + self.sinks if self.combine_row.window else 0
+            y = torch.zeros(*q.shape[:4], v.shape[-1], dtype=q.dtype, device=q.device)
+            if q.shape[1] > first:
+                rest = read_all(*(x[:, first:] for x in (q, k, v)), None if decay is None else decay[:, first:], weight[:, first:])
+                y = torch.cat([y[:, :first], rest], 1)
+            return y, parts["sums"]
+        y, states, written = read_steps(q, k, v, decay, weight, stream.on_BT, parts["sums"], parts["written"].long())
+        parts["written"] = written.float()
+        return y, states
 
     def read_delta(self, call: AttentionCall, stream: Stream, now: dict[str, Tensor], parts: dict[str, Tensor]):
         q, _ = self.query_features(call, stream.q_position_BT, now)

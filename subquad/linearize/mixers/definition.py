@@ -19,6 +19,7 @@ from torch import Tensor
 from subquad.linearize.mixers.base import AttentionCall, Mixer
 from subquad.linearize.mixers.cell import Cell
 from subquad.linearize.mixers.definition_full import full_definition
+from subquad.linearize.mixers.levels import level_of
 from subquad.linearize.mixers.shared_key import SharedKey
 from subquad.linearize.mixers.slots import DAMPING, LIMIT
 from subquad.linearize.mixers.window import Window
@@ -145,6 +146,14 @@ def weights_of(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
     if mixer.routes is not None:
         route = mixer.routes(call.hidden_BTD)
         w = w * torch.einsum("btgp,bjgp->bgtj", route, route).unsqueeze(2)
+    if mixer.levels is not None:
+        lag = 0 if mixer.combine == "alone" else mixer.window
+        first = 0 if mixer.combine == "alone" else mixer.sinks
+        weight = mixer.levels(call.hidden_BTD)  # [B, T, G, R, L]; written tokens are counted from 0
+        level = level_of(w.shape[-1])
+        for t in range(lag + first, w.shape[-1]):
+            span = t - lag - first
+            w[:, :, :, t, first : first + span + 1] *= weight[:, t][..., level[span, : span + 1]]
     if mixer.pieces["key_weight"] == "competition":
         w = w * _competition(q, mixer.keys(call)).permute(0, 2, 1)[:, :, None, None]
     return w * older

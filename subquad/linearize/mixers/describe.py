@@ -18,6 +18,7 @@ CONTAINERS = {
     "plain": "one state per key/value head",
     "gated_slots": "slots: K~ = f K~ + (1 - f) k, V~ likewise, read by softmax(K~ q)",
     "softmax_slots": "slots: K~, V~ averages of k, v weighted by e^(W x), read by softmax(K~ q)",
+    "levels": "levels: sum_l lambda_l q.S_l over blocks of 1, 1, 2, 4, .. tokens, lambda = softplus(W x)",
     "partitions": "partitions: sum_p e_p S_p^T q, e the largest of softmax(W x)",
 }
 

@@ -13,6 +13,7 @@ from subquad.linearize.mixers.combine import COMBINES
 from subquad.linearize.mixers.decays import DECAYS
 from subquad.linearize.mixers.feature_maps import FEATURE_MAPS, features_of
 from subquad.linearize.mixers.key_weights import KEPT, KEY_WEIGHTS, NOTHING
+from subquad.linearize.mixers.levels import LEVELS
 from subquad.linearize.mixers.normalisers import NORMALISERS
 from subquad.linearize.mixers.positions import POSITIONS
 from subquad.linearize.mixers.writes import WRITES
@@ -45,6 +46,8 @@ def part_shapes(shape: HeadShape, pieces: dict[str, Any]) -> dict[str, tuple[int
         M = pieces["slots"]
         parts = {"sums": (G, M, K), "values": (G, M, V)}
         return parts | ({"total": (G, M)} if pieces["container"] == "softmax_slots" else {})
+    if pieces["container"] == "levels":
+        return {"sums": (LEVELS, G, state_features(shape, pieces), V + has_total(pieces)), "written": ()}
     rows = state_features(shape, pieces) + NORMALISERS[pieces["normaliser"]].counts
     parts = {"sums": (G, rows, V + has_total(pieces) + ("outgoing" in KEPT[pieces["key_weight"]]))}
     if "k" in FEATURE_MAPS[pieces["feature_map"]].exponential:

@@ -143,6 +143,10 @@ MIXERS = {
         "four partitions, two used by a token", "B08", "Scaling Linear Attention with Sparse State Expansion (2025)",
         feature_map="hedgehog_softmax2", decay="scalar", container="partitions",
     ),
+    "log_linear": _cell(
+        "scalar-gated linear attention over blocks of growing size, each with a weight", "B06", "Log-Linear Attention (2025)",
+        feature_map="hedgehog_softmax2", decay="scalar", container="levels",
+    ),
     "gateloop": _cell(
         "complex decays", "B09", "GateLoop (2023)", feature_map="identity", decay="own_vector", position="phase", normaliser="none", output="norm_gate"
     ),
@@ -168,7 +172,9 @@ MIXERS = {
     "supra": _cell(
         "learned ReLU features, fixed decays, norm", "G01", "SUPRA (2024)", feature_map="relu_linear", decay="fixed", normaliser="none", output="norm"
     ),
-    "swat": _full("a window of sigmoid weights with slopes of both signs", "C04", "SWAT (2025), paper form", "attention transfer", exact="", weights="sigmoid", near=True),
+    "swat": _full(
+        "a window of sigmoid weights with slopes of both signs", "C04", "SWAT (2025), paper form", "attention transfer", weights="sigmoid", near=True
+    ),
     "shared_key": Preset("window attention with one key for all heads", "C08", "shared_key", paper="Rodimus+ (2024), its SW-SKA", exact=""),
     # --- every key and value is kept: other weights than the softmax's, or fewer keys looked at ---
     "blocked_softmax": _full("exact softmax, queries in blocks", "J01", "Self-attention Does Not Need O(n^2) Memory (2021)", exact="always"),
