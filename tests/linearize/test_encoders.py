@@ -70,7 +70,7 @@ def call_of(name: str, batch: int = B) -> AttentionCall:
 
 
 def mixer_of(name: str):
-    mixer = build(name, HeadShape(24, G, R, K, K), 4, 1, {"combine": "alone"})
+    mixer = build(name, HeadShape(24, G, R, K, K), 4, 1, {"combine": "alone"} if MIXERS[name].uses == "cell" else {})
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -93,7 +93,7 @@ def test_padding_order_and_gradients(name):
     assert_near(out[0], whole[0], MIXER)
     last = {n: getattr(call, n)[1:2, T - 13 :] for n in moved}
     assert_near(out[1:2, T - 13 :], mixer(replace(call, **last, fewest=13)), MIXER)
-    if name not in ("lion_d", "lion_s", "cosformer"):
+    if name not in ("lion_d", "lion_s", "cosformer", "agent", "relative"):
         order = torch.randperm(T, generator=torch.Generator().manual_seed(0))
         shuffled = mixer(replace(call, **{n: getattr(call, n)[:, order] for n in moved}))
         assert_near(shuffled, whole[:, order], MIXER, "order")
@@ -104,7 +104,7 @@ def test_padding_order_and_gradients(name):
     assert all(p.grad is None or p.grad.isfinite().all() for p in mixer.parameters())
 
 
-@pytest.mark.parametrize("name", BIDIRECTIONAL)
+@pytest.mark.parametrize("name", [name for name in BIDIRECTIONAL if MIXERS[name].uses == "cell"])
 def test_the_last_query_of_a_decoder_reads_the_same(name):
     """The last token of a causal mixer over all tokens has seen everything: without decay and key weights it is the encoder's row."""
     mixer, call = mixer_of(name), call_of(name)
@@ -150,6 +150,22 @@ def test_rala_flow_and_mala_are_their_formulas():
     weighted = v * flow_out.softmax(1)[..., None] * T
     wanted = torch.sigmoid(flow_in)[..., None] * torch.einsum("btgrk,bjgk,bjgv->btgrv", q / incoming[..., None], k, weighted)
     assert_near(bare("flowformer")(call), wanted, MIXER, "flowformer")
+
+
+def test_agents_and_relative_positions_are_their_formulas():
+    call = call_of("x")
+    agent = build("agent", HeadShape(24, G, R, K, K), 4, 1, {"agents": 3})
+    pooled = call.q_BTGRK.unflatten(1, (3, 7)).mean(2)
+    inner = (torch.einsum("bmgrk,btgk->bgrmt", pooled, call.k_BTGK) * call.scale).softmax(-1)
+    outer = (torch.einsum("btgrk,bmgrk->bgrtm", call.q_BTGRK, pooled) * call.scale).softmax(-1)
+    assert_near(agent(call), torch.einsum("bgrtm,bgrmj,bjgv->btgrv", outer, inner, call.v_BTGV), MIXER, "agent")
+
+    mixer = mixer_of("relative")
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    b = mixer.bias[:, (i - j).clamp(-mixer.span, mixer.span) + mixer.span]
+    q, k = (mixer.map(torch.nn.functional.normalize(x, dim=-1)).exp() for x in (call.q_BTGRK, call.k_BTGK))
+    weights = torch.einsum("btgrf,bjgf->bgrtj", q, k) * b.exp()[:, None]
+    assert_near(mixer(call), torch.einsum("bgrtj,bjgv->btgrv", weights / weights.sum(-1, keepdim=True), call.v_BTGV), MIXER, "relative")
 
 
 def bare(name: str):

@@ -16,7 +16,6 @@ from subquad.linearize.layout import packed, padded
 from subquad.linearize.mixers import MIXERS, build, causal, pieces
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
 from subquad.linearize.mixers.definition import definition
-from subquad.linearize.mixers.feature_maps import FEATURE_MAPS
 from subquad.linearize.mixers.memory import close_parts, open_parts
 from subquad.linearize.state import MixerState
 
@@ -24,7 +23,7 @@ B, D, G, K, V = 3, 24, 2, 8, 6
 W, N = 6, 2
 
 CASES = {name: (name, {}) for name in causal()}
-CASES |= {f"window_linear {m}": ("window_linear", {"feature_map": m}) for m, row in FEATURE_MAPS.items() if row.positive}
+CASES |= {f"window_linear {m}": ("window_linear", {"feature_map": m}) for m in ("hedgehog_exp", "hedgehog_softmax", "favor", "elu1")}
 CASES |= {
     "window_linear scalar": ("window_linear", {"decay": "scalar"}),
     "window_linear vector": ("window_linear", {"decay": "vector"}),
@@ -77,10 +76,10 @@ def through_layout(mixer, call: AttentionCall, layout, state=None) -> torch.Tens
 def test_one_call_is_the_definition(case):
     """Lengths around the window and the chunks, on small heads."""
     mixer = mixer_of(case)
-    for length in (1, W - 1, W, W + 1, W + N + 1, 63, 64, 65):
-        call = call_of(length)
+    for length in (1, W, W + N + 1, 63, 64, 65):
+        call = call_of(length, batch=1)
         assert_near(mixer(call), definition(mixer, call), MIXER, f"length {length}")
-    call = call_of(500, batch=1)
+    mixer, call = mixer_of(case, groups=1), call_of(500, groups=1, batch=1)
     assert_near(mixer(call), definition(mixer, call), MIXER, "length 500")
 
 

@@ -26,6 +26,8 @@ CLASSES = {
     "full": "subquad.linearize.mixers.full:Full",
     "nsa": "subquad.linearize.mixers.sparse:NativeSparse",
     "delta_attention": "subquad.linearize.mixers.sparse:DeltaCorrection",
+    "agent": "subquad.linearize.mixers.whole:Agent",
+    "relative": "subquad.linearize.mixers.whole:RelativeFavor",
     "shared_key": "subquad.linearize.mixers.shared_key:SharedKey",
 }
 
@@ -54,6 +56,8 @@ CHOICES = {
     "full": {"weights": tuple(WEIGHTS), "forget": bool, "gated": bool, "blocks": bool, "near": bool, "top": int},
     "nsa": {"top": int},
     "delta_attention": {"stride": int},
+    "agent": {"agents": int},
+    "relative": {"span": int, "features": int},
 }
 
 

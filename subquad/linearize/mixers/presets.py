@@ -204,6 +204,13 @@ MIXERS = {
     "clipped_softmax": _full("softmax stretched and clipped", "E15", "Quantizable Transformers (2023)", exact="a stretch of 0, as at the start", weights="clipped"),
     "gated_attention": _full("softmax times an output gate", "E15", "Quantizable Transformers (2023)", exact="the gate's bias to +infinity", gated=True),
     # --- encoders only ---
+    "agent": Preset(
+        "softmax through 16 pooled queries", "A25", "agent", paper="Agent Attention (2023)", needs=NONE, exact="", directions=("bidirectional",)
+    ),
+    "relative": Preset(
+        "random features with learned relative positions, by FFT", "A22", "relative", paper="Stable, Fast and Accurate (2021)", exact="",
+        directions=("bidirectional",),
+    ),
     "lion_lit": _encoder("LION without decay", "B10", "LION (2025)", feature_map="elu1"),
     "lion_d": _encoder("LION with a fixed decay per head", "B10", "LION (2025)", feature_map="elu1", decay="fixed"),
     "lion_s": _encoder("LION with a decay from the layer input", "B10", "LION (2025)", feature_map="elu1", decay="scalar"),
