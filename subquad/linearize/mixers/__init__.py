@@ -121,6 +121,8 @@ def _clashes(name: str, p: dict[str, Any]) -> list[str]:
         found.append(f"mixer {name!r}: normaliser {p['normaliser']} counts tokens, so nothing may fade: use decay none, not {p['decay']}.")
     if decay.vector and row.exponential:
         found.append(f"mixer {name!r}: feature_map {p['feature_map']} goes with decay none or one per head, not {p['decay']}.")
+    if p["write"] == "selective" and (joint or p["normaliser"] != "none" or p["container"] != "plain" or p["key_weight"] != "none" or row.exponential):
+        found.append(f"mixer {name!r}: write selective goes with normaliser none, container plain, key_weight none and a map without exponents.")
     if (p["key_weight"] == "flow") != (p["normaliser"] == "flow"):
         found.append(f"mixer {name!r}: key_weight flow and normaliser flow go together.")
     if decay.reads == "key" and features_differ(p):

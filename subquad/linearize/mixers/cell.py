@@ -14,7 +14,7 @@ from subquad.kernels.delta import delta_chunk
 from subquad.linearize.mixers.base import AttentionCall, HeadShape, Mixer
 from subquad.linearize.mixers.bidirectional import whole_sequence
 from subquad.linearize.mixers.combine import COMBINES, TINY, join, some_older
-from subquad.linearize.mixers.decays import DECAYS
+from subquad.linearize.mixers.decays import DECAYS, SMALL_STEP
 from subquad.linearize.mixers.feature_maps import FEATURE_MAPS, make_map
 from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.key_weights import KEY_WEIGHTS, NOTHING, running
@@ -26,6 +26,7 @@ from subquad.linearize.mixers.outputs import OUTPUTS
 from subquad.linearize.mixers.partitions import Routes, routed
 from subquad.linearize.mixers.positions import POSITIONS, Phases, turned
 from subquad.linearize.mixers.slots import gated_slots, slot_gate, slot_logits, softmax_parts, softmax_slots
+from subquad.linearize.mixers.steps import momentum_steps, selective_steps
 from subquad.linearize.mixers.stream import Stream, count, leaving, pack_kept, positions, real, seen, whole
 from subquad.linearize.mixers.writes import WRITES, complement, strength
 
@@ -64,6 +65,12 @@ class Cell(Mixer):
         base = base_features(shape, p)
         self.decay = None if self.decay_row.module is None else self.decay_row.module(shape, base, p["rank"])
         self.beta = InputGate(shape.hidden, (G, 1), 0.0) if WRITES[self.write].corrects else None
+        if self.write == "momentum":
+            self.eta = InputGate(shape.hidden, (G, 1), 0.0)
+        if self.write == "selective":
+            self.dt = InputGate(shape.hidden, (G, shape.value), SMALL_STEP, p["rank"])
+            # A = 1 .. F as in S4D-real, for every value channel.
+            self.log_a = nn.Parameter(torch.arange(1, base + 1).float().log()[None, :, None].repeat(G, 1, shape.value))
         self.slot = slot_gate(shape, p["slots"]) if self.slotted else None
         self.routes = Routes(shape, p["partitions"], p["top"]) if self.container == "partitions" else None
         self.levels = LevelWeights(shape) if self.container == "levels" else None
@@ -112,6 +119,10 @@ class Cell(Mixer):
         hidden, on = call.hidden_BTD, real(call)
         if self.beta is not None:
             kept["beta"] = torch.sigmoid(self.beta(hidden))
+        if self.write == "momentum":
+            kept["eta"] = torch.sigmoid(self.eta(hidden))
+        if self.write == "selective":
+            kept["dt"] = nn.functional.softplus(self.dt(hidden))
         if self.decay is not None and self.decay_row.clock == "own" and self.decay_row.reads == "hidden":
             log = self.decay(hidden)
             kept["decay"] = log if self.decay_row.vector else log.unsqueeze(-1)
@@ -197,6 +208,8 @@ class Cell(Mixer):
 
     def joined(self, call: AttentionCall, local: Local | None, stream: Stream, now: dict[str, Tensor], parts: dict[str, Tensor]) -> Tensor:
         read = self.read_slots if self.slotted else self.read_delta if self.beta is not None else self.read_additive
+        if self.write == "selective":
+            read = self.read_selective
         sums, log_scale = read(call, stream, now, parts)
         if self.combine_row.joint:
             share = torch.zeros_like(sums.total) if self.combine == "logits" else 0.0
@@ -263,7 +276,21 @@ class Cell(Mixer):
         q, _ = self.query_features(call, stream.q_position_BT, now)
         k, _, _ = self.key_features(stream, parts)
         beta = stream.kept["beta"].squeeze(-1) * stream.on_BT.unsqueeze(-1)
-        y, parts["sums"] = delta_chunk(q, k, stream.v.float(), beta, self.log_decay(call, stream), parts["sums"])
+        decay = self.log_decay(call, stream)
+        if self.write == "momentum":
+            eta = stream.kept["eta"].squeeze(-1)
+            y, parts["sums"], parts["momentum"] = momentum_steps(
+                q, k, stream.v.float(), beta, eta, decay, stream.on_BT, parts["sums"], parts["momentum"]
+            )
+        else:
+            y, parts["sums"] = delta_chunk(q, k, stream.v.float(), beta, decay, parts["sums"])
+        return Sums(y), 0.0
+
+    def read_selective(self, call: AttentionCall, stream: Stream, now: dict[str, Tensor], parts: dict[str, Tensor]):
+        q, _ = self.query_features(call, stream.q_position_BT, now)
+        k, _, _ = self.key_features(stream, parts)
+        a = self.log_a.float().exp()
+        y, parts["sums"] = selective_steps(q, k, stream.v.float(), stream.kept["dt"], a, stream.on_BT, parts["sums"])
         return Sums(y), 0.0
 
     def read_slots(self, call: AttentionCall, stream: Stream, now: dict[str, Tensor], parts: dict[str, Tensor]):

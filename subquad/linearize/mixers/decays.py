@@ -18,6 +18,8 @@ from subquad.kernels.additive import MIN_LOG_DECAY
 from subquad.linearize.mixers.base import HeadShape
 from subquad.linearize.mixers.gates import DAMPING, InputGate, log_decay
 
+SMALL_STEP = math.log(math.expm1(0.01))  # softplus of it is 0.01
+
 
 @dataclass(frozen=True)
 class DecayRow:
@@ -75,7 +77,7 @@ class StepSize(nn.Module):
 
     def __init__(self, shape: HeadShape, features: int, rank: int):
         super().__init__()
-        self.dt = InputGate(shape.hidden, (shape.kv_heads,), math.log(math.expm1(0.01)))
+        self.dt = InputGate(shape.hidden, (shape.kv_heads,), SMALL_STEP)
         self.log_a = nn.Parameter(torch.zeros(shape.kv_heads))
 
     def step(self, hidden_BTD: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class DualGate(nn.Module):
 
     def __init__(self, shape: HeadShape, features: int, rank: int):
         super().__init__()
-        self.g = InputGate(shape.hidden, (shape.kv_heads, features), math.log(math.expm1(0.01)), rank)
+        self.g = InputGate(shape.hidden, (shape.kv_heads, features), SMALL_STEP, rank)
         self.tau = InputGate(shape.hidden, (shape.kv_heads, features), 0.0, rank)
 
     def parts(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:

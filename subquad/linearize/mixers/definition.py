@@ -66,7 +66,7 @@ def linear_branch(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
     if mixer.slotted:
         weights, total = slot_weights(mixer, call, older)
         linear = _apply(weights / total.clamp_min(1e-30), call.v_BTGV)
-    elif mixer.beta is not None:
+    elif mixer.beta is not None or mixer.write == "selective":
         linear = _delta(mixer, call)
     else:
         linear = _normalised(mixer, call, weights_of(mixer, call, older), older)
@@ -220,10 +220,14 @@ def _flow(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def _delta(mixer: Cell, call: AttentionCall) -> Tensor:
     q, k = _features(mixer, call)
     lag, first = (0, 0) if mixer.combine == "alone" else (mixer.window, mixer.sinks)
+    if mixer.write == "selective":
+        return _selective(mixer, call, q, k, lag, first)
     beta = torch.sigmoid(mixer.beta(call.hidden_BTD)).squeeze(-1)
     a = torch.zeros_like(beta) if mixer.decay is None else mixer.decay(call.hidden_BTD)
     B, T, G, R, feat = q.shape
     state = q.new_zeros(B, G, feat, call.v_BTGV.shape[-1])
+    if mixer.write == "momentum":
+        return _momentum(mixer, call, q, k, beta, a, lag, first)
     out = []
     for t in range(T):
         j = t - lag
@@ -235,6 +239,37 @@ def _delta(mixer: Cell, call: AttentionCall) -> Tensor:
             wrong = call.v_BTGV[:, j] - torch.einsum("bgf,bgfv->bgv", k[:, j], state)
             state = state + k[:, j, :, :, None] * (beta[:, j, :, None] * wrong)[:, :, None]
         out.append(torch.einsum("bgrf,bgfv->bgrv", q[:, t], state))
+    return torch.stack(out, 1)
+
+
+def _momentum(mixer: Cell, call: AttentionCall, q: Tensor, k: Tensor, beta: Tensor, a: Tensor, lag: int, first: int) -> Tensor:
+    """Titans' linear memory: M_j = a_j M_(j-1) + P_j, P_j = eta_j P_(j-1) - beta_j grad |M_(j-1)^T k_j - v_j|^2 / 2."""
+    eta, v = torch.sigmoid(mixer.eta(call.hidden_BTD)).squeeze(-1), call.v_BTGV
+    M = P = torch.zeros(k.shape[0], *k.shape[2:], v.shape[-1])
+    out = []
+    for t in range(q.shape[1]):
+        j = t - lag
+        if j >= first:
+            gradient = torch.einsum("bgf,bgv->bgfv", k[:, j], torch.einsum("bgfv,bgf->bgv", M, k[:, j]) - v[:, j])
+            P = eta[:, j, :, None, None] * P - beta[:, j, :, None, None] * gradient
+            M = a[:, j, :, None, None].exp() * M + P
+        out.append(torch.einsum("bgfv,bgrf->bgrv", M, q[:, t]))
+    return torch.stack(out, 1)
+
+
+def _selective(mixer: Cell, call: AttentionCall, q: Tensor, k: Tensor, lag: int, first: int) -> Tensor:
+    """Mamba-1: the weight of j for t in channel v is sum_f q_tf k_jf dt_jv e^(-A_fv (dt_(j+1)v + .. + dt_tv)), over the tokens written by t."""
+    dt, T = torch.nn.functional.softplus(mixer.dt(call.hidden_BTD)), q.shape[1]
+    total = torch.where(torch.arange(T)[:, None, None] >= first, dt, 0.0).cumsum(1)
+    A, out = mixer.log_a.exp(), []
+    for t in range(T):
+        j = torch.arange(first, max(t - lag + 1, first))
+        if len(j) == 0:
+            out.append(torch.zeros(*q.shape[:1], *q.shape[2:4], call.v_BTGV.shape[-1]))
+            continue
+        gone = total[:, t - lag, None] - total[:, j]  # [B, J, G, V]
+        fade = torch.exp(-A[None, None] * gone[:, :, :, None])
+        out.append(torch.einsum("bgrf,bjgf,bjgv,bjgfv->bgrv", q[:, t], k[:, j], dt[:, j] * call.v_BTGV[:, j], fade))
     return torch.stack(out, 1)
 
 

@@ -50,6 +50,8 @@ def part_shapes(shape: HeadShape, pieces: dict[str, Any]) -> dict[str, tuple[int
         return {"sums": (LEVELS, G, state_features(shape, pieces), V + has_total(pieces)), "written": ()}
     rows = state_features(shape, pieces) + NORMALISERS[pieces["normaliser"]].counts
     parts = {"sums": (G, rows, V + has_total(pieces) + ("outgoing" in KEPT[pieces["key_weight"]]))}
+    if pieces["write"] == "momentum":
+        parts["momentum"] = parts["sums"]
     if "k" in FEATURE_MAPS[pieces["feature_map"]].exponential:
         parts["top"] = (G,)
     weigh = KEY_WEIGHTS[pieces["key_weight"]]
@@ -67,6 +69,10 @@ def kept_sizes(shape: HeadShape, pieces: dict[str, Any]) -> dict[str, int]:
     sizes = {}
     if WRITES[pieces["write"]].corrects:
         sizes["beta"] = 1
+    if pieces["write"] == "momentum":
+        sizes["eta"] = 1
+    if pieces["write"] == "selective":
+        sizes["dt"] = shape.value
     if decay.module is not None and decay.clock == "own" and decay.reads == "hidden":
         sizes["decay"] = features if decay.vector else 1
     if pieces["write"] in ("step", "dual"):

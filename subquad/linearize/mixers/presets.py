@@ -112,6 +112,14 @@ MIXERS = {
     ),
     "gsa": _cell("slots read by a softmax, gated", "B02", "Gated Slot Attention (2024)", container="gated_slots", position="drop"),
     "abc": _cell("slots read by a softmax, written by one", "Dependencies", "ABC (2021)", container="softmax_slots", position="drop"),
+    "mamba": _cell(
+        "a decay for every feature and value channel", "B03", "Mamba (2023)",
+        feature_map="identity", write="selective", normaliser="none", output="norm_gate", position="drop",
+    ),
+    "titans": _cell(
+        "gated delta rule with momentum", "B15", "Titans (2024), MAG with linear memory",
+        feature_map="unit", decay="own_scalar", write="momentum", mass=-4.0,
+    ),
     "mamba2": _cell(
         "scalar decay and step size", "B03 C07", "Mamba-2 (2024)",
         feature_map="identity", decay="step_size", write="step", normaliser="none", output="norm_gate", position="drop",

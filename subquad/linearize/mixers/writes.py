@@ -2,7 +2,8 @@
 
     additive    S <- S + k v^T                     delta   S <- S + beta k (v - S^T k)^T, beta = sigmoid(W x)
     step        S <- S + dt k v^T                  convex  S <- S + (1 - a) v^T, the complement of the decay in the place of the key
-    dual        S <- S + (g^tau * k) v^T
+    dual        S <- S + (g^tau * k) v^T           momentum    S <- a S + P, P <- eta P + beta k (v - S^T k)^T, eta = sigmoid(W x)
+    selective   S_fv <- exp(-dt_v A_fv) S_fv + dt_v k_f v_v, dt a number per value channel: its own decay
 
 Key: as in decays.py.
 """
@@ -24,6 +25,8 @@ class WriteRow:
 WRITES = {
     "additive": WriteRow("k v^T", "SEEDS K3"),
     "delta": WriteRow("beta k (v - S^T k)^T", "SEEDS B01", ("none", "scalar", "own_scalar"), corrects=True),
+    "momentum": WriteRow("P, P <- eta P + beta k (v - S^T k)^T", "SEEDS B15", ("own_scalar",), corrects=True),
+    "selective": WriteRow("dt_v k_f v_v", "SEEDS B03", ("none",)),
     "step": WriteRow("dt k v^T", "SEEDS B03", ("step_size",)),
     "convex": WriteRow("(1 - a) v^T", "SEEDS Dependencies, HGRN2", ("key",)),
     "dual": WriteRow("(g^tau * k) v^T", "SEEDS B07", ("dual",)),
