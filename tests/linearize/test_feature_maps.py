@@ -95,7 +95,7 @@ def test_random_features_estimate_the_exponential():
     """exp(q.k / sqrt(K)) as a mean over many features: within a few percent for short vectors, for Performer and for its mixture as built."""
     for name in ("favor", "gmm"):
         torch.manual_seed(0)
-        map_q, map_k = (make_map(name, side, heads, K, {"features": 4000}) for side, heads in (("q", (G, R)), ("k", (G,))))
+        map_q, map_k = (make_map(name, side, heads, K, {"features": 12000}) for side, heads in (("q", (G, R)), ("k", (G,))))
         if hasattr(map_q, "tie"):
             map_q.tie(map_k)
         q, k = torch.randn(1, T, G, R, K) / 2, torch.randn(1, T, G, K) / 2

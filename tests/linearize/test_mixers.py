@@ -195,7 +195,8 @@ def test_state_is_fp32_and_small(case):
         out, state = run(mixer, call, [20, 40])
         sizes = [x.shape for x in state.tensors()]
         mixer(part(call, state=state))
-    assert out.dtype == state.window_k.dtype == state.sink_v.dtype == torch.bfloat16
+    assert out.dtype == state.window_k.dtype == torch.bfloat16
+    assert state.sink_v is None or state.sink_v.dtype == torch.bfloat16
     assert state.memory is None or state.memory.dtype == torch.float32
     kept, _ = type(mixer).kept_tokens(10**6, W, N, **pieces(*CASES[case]))
     if kept <= W:
