@@ -16,9 +16,15 @@ def orthogonal_gaussian(features: int, size: int, seed: int = SEED) -> Tensor:
     """[M, K]: blocks of orthogonal rows whose lengths are those of Gaussian rows (chi with K degrees of freedom)."""
     generator = torch.Generator().manual_seed(seed)
     normal = dict(generator=generator, device="cpu", dtype=torch.float64)
-    blocks = [torch.linalg.qr(torch.randn(size, size, **normal))[0].T for _ in range(-(-features // size))]
+    blocks = [_rotation(torch.randn(size, size, **normal)).T for _ in range(-(-features // size))]
     length = torch.randn(features, size, **normal).norm(dim=1, keepdim=True)
     return (torch.cat(blocks)[:features] * length).float()
+
+
+def _rotation(gaussian: Tensor) -> Tensor:
+    """A rotation drawn evenly: LAPACK's Q has signs of its own, which would bias the estimate; those of R's diagonal undo them."""
+    q, r = torch.linalg.qr(gaussian)
+    return q * r.diagonal().sign()
 
 
 def _count(size: int, features: int) -> int:
