@@ -174,7 +174,11 @@ def bare(name: str):
     return mixer
 
 
-def test_refusals(tiny_llama):
+def test_refusals(tiny_llama, tmp_path):
+    student = subquad.linearize(encoder("bert"), subquad.plan(encoder("bert"), mixer="lion_lit"))
+    with pytest.raises(UserError, match="is an encoder"):
+        student.save_pretrained(tmp_path / "student")
+    assert not (tmp_path / "student").exists()
     with pytest.raises(UserError, match="is bidirectional and mixer 'gated_delta' is not"):
         subquad.plan(encoder("bert"), mixer="gated_delta")
     with pytest.raises(UserError, match="is causal and mixer 'lion_s' is not"):
