@@ -28,9 +28,10 @@ def _read(weights: Tensor, v: Tensor) -> Tensor:
 
 def _softmax(s: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
     """e^s / (what a learned sink takes + sum e^s) over the mask; rows without a key are 0."""
-    top = s.masked_fill(~mask, float("-inf")).amax(-1, keepdim=True)
-    lifted = (s - top).exp().masked_fill(~mask, 0.0).nan_to_num(0.0, posinf=0.0)
-    extra = 0.0 if call.sink_logit_GR is None else (call.sink_logit_GR[None, :, :, None, None] - top).exp().nan_to_num(0.0, posinf=0.0)
+    top = s.detach().masked_fill(~mask, float("-inf")).amax(-1, keepdim=True)
+    top = torch.where(top == float("-inf"), 0.0, top)
+    lifted = (s - top).masked_fill(~mask, float("-inf")).exp()
+    extra = 0.0 if call.sink_logit_GR is None else (call.sink_logit_GR[None, :, :, None, None] - top).exp()
     return lifted / (lifted.sum(-1, keepdim=True) + extra).clamp_min(1e-30)
 
 
