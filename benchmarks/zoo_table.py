@@ -80,7 +80,7 @@ def table(rows: list[dict]) -> str:
     rest = sorted((row for row in rows if row not in first), key=lambda row: row["perplexity"])
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in first + rest:
-        cells = [row["preset"], f"{row['perplexity']:.2f}", f"{row['repeat']:.2f}", f"{row['state bytes']:,}"]
+        cells = [row["preset"], f"{row['perplexity']:.2f}", f"{row['repeat_perplexity']:.2f}", f"{row['state bytes']:,}"]
         lines.append("| " + " | ".join([*cells, f"{row['parameters added']:,}", f"{row['train tokens/s']:.0f}"]) + " |")
     return "\n".join(lines)
 
