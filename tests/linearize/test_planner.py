@@ -95,7 +95,7 @@ PROBLEMS = {
     "option value": (dict(mixer="gla", options={"decay": "vectr"}), ["options.decay: got 'vectr', allowed: none, scalar, vector, "]),
     "option type": (dict(mixer="gla", options={"rank": True}), ["options.rank: expected a int, got True."]),
     "options of window": (dict(options={"decay": "none"}), ["options.decay: mixer 'window' takes no options."]),
-    "signed features": (dict(mixer="gla", options={"feature_map": "unit"}), ["combine gated with normaliser sum divides by a sum of features and needs a positive map"]),
+    "signed features": (dict(mixer="gla", options={"feature_map": "unit"}), ["divides by a sum of features and needs a positive map"]),
     "delta without unit keys": (
         dict(mixer="gla", options={"write": "delta"}),
         ["use feature_map unit", "combine gated, added or alone and decay none or scalar"],
