@@ -101,8 +101,12 @@ def _clashes(name: str, p: dict[str, Any]) -> list[str]:
         wrong += ["position"] if POSITIONS[p["position"]].phases else []
         return [f"mixer {name!r}: {key} {p[key]} does not go with slots, which have gates and a softmax of their own." for key in wrong]
     found = []
-    if p["container"] == "levels" and (write.corrects or norm.counts or p["key_weight"] != "none" or p["normaliser"] == "feature" or row.exponential):
-        found.append(f"mixer {name!r}: container levels goes with write additive, normaliser sum, clamped or none, and a map without exponents.")
+    if p["container"] == "levels" and (
+        write.corrects or norm.counts or p["key_weight"] != "none" or p["normaliser"] == "feature" or row.exponential
+    ):
+        found.append(
+            f"mixer {name!r}: container levels goes with write additive, normaliser sum, clamped or none, and a map without exponents."
+        )
     if write.corrects:
         if not p["feature_map"].startswith("unit") and p["feature_map"] != "silu_unit":
             found.append(f"mixer {name!r}: write delta needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}.")
@@ -121,8 +125,12 @@ def _clashes(name: str, p: dict[str, Any]) -> list[str]:
         found.append(f"mixer {name!r}: normaliser {p['normaliser']} counts tokens, so nothing may fade: use decay none, not {p['decay']}.")
     if decay.vector and row.exponential:
         found.append(f"mixer {name!r}: feature_map {p['feature_map']} goes with decay none or one per head, not {p['decay']}.")
-    if p["write"] == "selective" and (joint or p["normaliser"] != "none" or p["container"] != "plain" or p["key_weight"] != "none" or row.exponential):
-        found.append(f"mixer {name!r}: write selective goes with normaliser none, container plain, key_weight none and a map without exponents.")
+    if p["write"] == "selective" and (
+        joint or p["normaliser"] != "none" or p["container"] != "plain" or p["key_weight"] != "none" or row.exponential
+    ):
+        found.append(
+            f"mixer {name!r}: write selective goes with normaliser none, container plain, key_weight none and a map without exponents."
+        )
     if (p["key_weight"] == "flow") != (p["normaliser"] == "flow"):
         found.append(f"mixer {name!r}: key_weight flow and normaliser flow go together.")
     if decay.reads == "key" and features_differ(p):

@@ -258,7 +258,9 @@ class Cell(Mixer):
         parts["sums"] = after
         return sums, q_scale + k_scale
 
-    def read_levels(self, call: AttentionCall, stream: Stream, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, parts: dict[str, Tensor]):
+    def read_levels(
+        self, call: AttentionCall, stream: Stream, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, parts: dict[str, Tensor]
+    ):
         """(y, states). In training all rows start with nothing written, so the first written token stands at the same place in all of them."""
         weight = self.levels(call.hidden_BTD)
         if call.state is None:
