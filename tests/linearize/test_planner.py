@@ -98,7 +98,7 @@ PROBLEMS = {
     "signed features": (dict(mixer="gla", options={"feature_map": "unit"}), ["divides by a sum of features and needs a positive map"]),
     "delta without unit keys": (
         dict(mixer="gla", options={"write": "delta"}),
-        ["use feature_map unit", "combine gated, added or alone and decay none or scalar"],
+        ["use feature_map unit", "write delta goes with decay none or scalar"],
     ),
     "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert: kept exact."]),
     "several": (

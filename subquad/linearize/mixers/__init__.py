@@ -109,11 +109,11 @@ def _clashes(name: str, p: dict[str, Any]) -> list[str]:
         )
     if write.corrects:
         if not p["feature_map"].startswith("unit") and p["feature_map"] != "silu_unit":
-            found.append(f"mixer {name!r}: write delta needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}.")
-        if joint or decay.vector:
-            found.append(f"mixer {name!r}: write delta goes with combine gated, added or alone and decay none or scalar.")
+            found.append(f"mixer {name!r}: write {p['write']} needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}.")
+        if joint:
+            found.append(f"mixer {name!r}: write {p['write']} goes with combine gated, added or alone, not {p['combine']}.")
         if p["container"] == "partitions" or p["key_weight"] != "none":
-            found.append(f"mixer {name!r}: write delta goes with container plain and key_weight none.")
+            found.append(f"mixer {name!r}: write {p['write']} goes with container plain and key_weight none.")
     elif (joint or norm.divides) and (not row.positive or POSITIONS[p["position"]].phases):
         found.append(
             f"mixer {name!r}: combine {p['combine']} with normaliser {p['normaliser']} divides by a sum of features and needs a positive map without "
