@@ -106,6 +106,8 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
     except ValueError as error:
         raise UserError(f"No causal language model is known for model type {config.model_type!r}: {str(error).splitlines()[0]}") from error
     candidates = {m: name for name, m in model.named_modules() if _is_candidate(m)}
+    numbered = {m: name for m, name in candidates.items() if isinstance(getattr(m, "layer_idx", None), int)}
+    candidates = numbered or candidates  # an image tower inside a decoder has no numbers, and is not what is converted
     handles = [m.register_forward_pre_hook(lambda m, a, k: _inputs.__setitem__(type(m), (a, k)), with_kwargs=True) for m in candidates]
     for module in candidates:
         module.config = copy.copy(module.config)
