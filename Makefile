@@ -6,13 +6,20 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 # Where CPU-only wheels of torch are wanted and the default index has none: make demo TORCH_PIP_ARGS="--index-url ..."
 TORCH_PIP_ARGS ?=
 
-.PHONY: demo test style bench setup clean
+.PHONY: demo test style bench smoke-mixers zoo setup clean
 
 demo: setup                ## convert a real model, heal it, measure it, sample from it
 	$(BIN)/subquad run quickstart --out runs/quickstart
 
 test: setup                ## all tests; two workers with one thread each suit a two-core machine
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 tests
+
+smoke-mixers: setup        ## the smoke recipe with every causal mixer, through the command line
+	for name in $$($(BIN)/subquad mixers --json | $(BIN)/python -c "import json, sys; print(*(r['name'] for r in json.load(sys.stdin) if 'causal' in r['directions']))"); do \
+	  $(BIN)/subquad run quickstart --set plan.mixer=$$name --smoke --overwrite --out runs/smoke-$$name || exit 1; done
+
+zoo: setup                 ## all constant-memory mixers side by side; takes hours, continues where it stopped
+	$(BIN)/python benchmarks/zoo_table.py --out runs/zoo
 
 style: setup               ## lint and formatting of imports
 	$(BIN)/ruff check .

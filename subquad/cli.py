@@ -214,6 +214,37 @@ def chat(
         show(answers)
 
 
+@command(app)
+def mixers(
+    name: Annotated[str | None, typer.Argument(help="One mixer, in full.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="A model to say the state's bytes for.")] = None,
+    window: Window = 64,
+    sinks: Sinks = 4,
+    json: Json = False,
+) -> None:
+    """The mixers a recipe can name: where they come from, what they compute, what they remember."""
+    from subquad.linearize.mixers import describe
+
+    if name is None:
+        rows = describe.rows()
+        return show(rows) if json else print(*(f"{r['name']:18} {' '.join(r['seeds']):14} {r['about']}" for r in rows), sep="\n")
+    found = describe.describe(name)
+    planned = None if model is None else make_plan(model, name, window, sinks, None, None)
+    if json:
+        return show(found if planned is None else found | {"model": planned.summary()})
+    print(
+        f"{found['name']} - {found['about']}",
+        f"paper      {found['paper']} (table row {', '.join(found['seeds'])})",
+        *found["formula"],
+        sep="\n",
+    )
+    print(
+        f"direction  {', '.join(found['directions'])}", f"needs      {found['needs']}", f"is exact   {found['exact'] or 'never'}", sep="\n"
+    )
+    if planned is not None:
+        planned.render(reporter(json).console)
+
+
 @command(recipes_app, "ls")
 def recipes_ls(json: Json = False) -> None:
     """Names and one line each."""

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from subquad.cli import app, parse_exact
 from subquad.errors import UserError
+from subquad.linearize.mixers import MIXERS
 from subquad.recipe import shipped
 
 
@@ -37,6 +38,26 @@ def test_recipes(cli, tmp_path):
     ok(cli("recipes", "copy", "quickstart", copied))
     assert cli("recipes", "copy", "quickstart", copied).exit_code == 2
     assert json.loads(ok(cli("recipes", "show", copied, "--json")).stdout)["teacher"] == "smollm2-135m"
+
+
+# Rows of the table of systems that decoders' presets must cover between them; encoders' rows stand in ENCODERS.
+DECODERS = """A01 A02 A03 A04 A05 A06 A07 A08 A09 A10 A11 A12 A13 A14 A15 A17 A19 A21 A26 B01 B02 B03 B04 B06 B07 B08 B09 B11 B13 B15 C01 C02 C03 C04 C05
+C08 D01 D02 D03 D06 D07 D09 E01 E02 E04 E05 E06 E08 E09 E14 E15 J01""".split()
+ENCODERS = "A01 A02 A03 A04 A05 A06 A07 A08 A10 A11 A12 A13 A22 A23 A25 B10".split()
+
+
+def test_mixers(cli, teacher_folder):
+    rows = json.loads(ok(cli("mixers", "--json")).stdout)
+    for direction, wanted in (("causal", DECODERS), ("bidirectional", ENCODERS)):
+        covered = {seed for row in rows if direction in row["directions"] for seed in row["seeds"]}
+        assert not set(wanted) - covered, direction
+    assert [row["name"] for row in rows] == list(MIXERS) and all(name in ok(cli("mixers")).stdout for name in MIXERS)
+    text = ok(cli("mixers", "nha", "--model", str(teacher_folder), "--window", "8")).stdout
+    assert "K~" in text and "Native Hybrid Attention" in text and "KV heads converted" in text
+    for name in MIXERS:
+        found = json.loads(ok(cli("mixers", name, "--json")).stdout)
+        assert found["formula"] and found["paper"] and found["pieces"] == MIXERS[name].pieces
+    assert "Did you mean 'gla'" in cli("mixers", "glaa").stderr
 
 
 def test_plan_reads_the_config_only(cli, teacher_folder, tmp_path):

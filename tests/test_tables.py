@@ -1,6 +1,7 @@
 """Every row of every table leads to something, and every shipped recipe is complete."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +40,8 @@ def test_shipped_recipe(name, tmp_path):
 def test_shipped_recipes_have_a_row_in_the_readme():
     readme = next(iter(shipped().values())).with_name("README.md").read_text(encoding="utf-8")
     assert not [name for name in shipped() if f"| `{name}` |" not in readme]
+
+
+def test_presets_have_a_row_in_the_papers():
+    papers = (Path(__file__).parents[1] / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert not [name for name, preset in MIXERS.items() if f"| `{name}` | {preset.paper}" not in papers]

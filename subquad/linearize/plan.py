@@ -61,10 +61,10 @@ class LayerPlan:
         if self.mixer is None:
             return self.teacher_bytes(tokens, number)
         merged, cls = pieces(self.mixer, options), mixer_class(self.mixer)
-        slots = min(tokens, self.window)
+        slots, sinks = cls.kept_tokens(tokens, self.window, self.sinks, **merged)
         exact = tokens * len(self.exact) * (self.key + self.value) * number
-        local = (slots + self.sinks) * self.soft_heads * (self.key + self.value) * number
-        extra = slots * self.soft_heads * cls.extra_size(**merged) * 4
+        local = (slots + sinks) * self.soft_heads * (self.key + self.value) * number
+        extra = slots * self.soft_heads * cls.extra_size(self.soft_shape, **merged) * 4
         return exact + local + extra + cls.memory_bytes(self.soft_shape, **merged)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from subquad.errors import UserError, raise_all
-from subquad.linearize.mixers import pieces
+from subquad.linearize.mixers import MIXERS, pieces
 from subquad.linearize.plan import LayerPlan, Plan
 from subquad.linearize.seam import HARMLESS, HONOURED, REFUSED
 from subquad.linearize.shapes import Found, attention_layers
@@ -50,6 +50,9 @@ def plan(
     heads = _heads(exact)
     if layers is None and all(_own(f) for f in found):
         layers = [f.index for f in found if f.kind in CONVERTIBLE] or None
+    if not any(f.causal for f in found) and MIXERS[mixer].uses == "cell":
+        options = {**options, "combine": "alone"}  # an encoder reads all tokens at once: there is nothing older than a window
+        pieces(mixer, options)
     rows = [_layer(f, mixer, window, sinks, heads.get(f.index, ()), layers) for f in found]
     raise_all(_refusals(rows, config.model_type))
     if not any(row.mixer for row in rows):
@@ -155,8 +158,10 @@ def _refusal(f: Found) -> str:
         return f"its attention takes {', '.join(refused)}, which a mixer cannot honour. Keep it exact."
     if f.problem:
         return f.problem
-    if not f.causal:
-        return "its attention is not causal; only causal attention is converted (a decoder's config may have to say is_decoder=True)."
+    direction = "causal" if f.causal else "bidirectional"
+    if direction not in MIXERS[mixer].directions:
+        others = [name for name, preset in MIXERS.items() if direction in preset.directions]
+        return f"its attention is {direction} and mixer {mixer!r} is not. Mixers that are: {', '.join(others)}."
     if f.query_heads % f.kv_heads:
         return f"{f.query_heads} query heads do not divide over {f.kv_heads} key/value heads."
     if f.kind not in CONVERTIBLE:

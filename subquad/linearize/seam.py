@@ -64,6 +64,7 @@ class LayerSeam:
         self.inverse = [order.index(g) for g in range(kv_heads)]
         self.config = module.config
         self.hidden: Tensor | None = None
+        self.rotation: tuple[Tensor, Tensor] | None = None  # cos, sin of this call
         self.state: MixerState | None = None
 
     def attach(self) -> None:
@@ -87,13 +88,17 @@ class LayerSeam:
         values = [*args, *kwargs.values()]
         self.hidden = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point()), None)
         cache = next((x for x in values if isinstance(x, Cache)), None)
+        pairs = (
+            x for x in values if isinstance(x, tuple) and len(x) == 2 and all(isinstance(y, Tensor) and y.is_floating_point() for y in x)
+        )
+        self.rotation = next(pairs, None)
         self.state = None
         if cache is not None and self.root.mode == "student":
             self.state = state_of(cache, self.index, self.teacher_window)
             self.state.updated = False
 
     def after(self, module, args, output) -> None:
-        self.hidden = self.state = None
+        self.hidden = self.rotation = self.state = None
 
 
 def seams(model: nn.Module) -> list[LayerSeam]:
@@ -226,17 +231,42 @@ def run_mixer(
         q_BTGRK=q.transpose(1, 2).unflatten(2, (G, -1)), k_BTGK=k.transpose(1, 2), v_BTGV=v.transpose(1, 2), hidden_BTD=hidden,
         scale=q.shape[-1] ** -0.5 if scale is None else scale, state=state, softcap=kwargs.get("softcap"), sink_logit_GR=s_aux, fewest=T,
     )  # fmt: skip
+    call.causal = is_causal(seam.module)
+    if mixer.plain and seam.rotation is not None:
+        plain_q, plain_k = unrotated(seam, q, k)
+        call.plain_q_BTGRK, call.plain_k_BTGK = plain_q.transpose(1, 2).unflatten(2, (G, -1)), plain_k.transpose(1, 2)
     layout = seam.root.note.layout(B, T, cached=state is not None)
     if layout is not None:
-        call.q_BTGRK, call.k_BTGK, call.v_BTGV, call.hidden_BTD = (
-            layout.gather(x) for x in (call.q_BTGRK, call.k_BTGK, call.v_BTGV, hidden)
-        )
+        for name in ("q_BTGRK", "k_BTGK", "v_BTGV", "hidden_BTD", "plain_q_BTGRK", "plain_k_BTGK"):
+            x = getattr(call, name)
+            setattr(call, name, None if x is None else layout.gather(x))
         call.real_BT, call.fewest = layout.real_DL, layout.fewest
     with torch.autocast(q.device.type, enabled=False):  # states and normalisers are fp32 whatever the model is trained in
         out = mixer(call)
     if layout is not None:
         out = layout.scatter(out, B, T)
     return out.flatten(2, 3).contiguous()  # as transformers' own functions return it: some modules call .view on it
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Attention modules say so themselves; those that say nothing are decoders'."""
+    return bool(getattr(module, "is_causal", True))
+
+
+def unrotated(seam: LayerSeam, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q, k [B, P, T, K] before the family's rotary embedding: its own function with the angle turned round. UserError where it has none."""
+    cos, sin = seam.rotation
+    modules = (sys.modules.get(cls.__module__) for cls in type(seam.module).__mro__)
+    rotate = next((f for m in modules if (f := getattr(m, "apply_rotary_pos_emb", None)) is not None), None)
+    size = cos.shape[-1]
+    if rotate is None or size > q.shape[-1] or size % 2:
+        raise UserError(
+            f"Layer {seam.index} ({type(seam.module).__name__}) rotates queries and keys in a way that cannot be undone here. "
+            "Use a mixer with position keep (subquad mixers NAME says which one it has)."
+        )
+    stretch = (cos.square() + sin.square()).mean()  # 1, or the square of a scale that some long-context variants put on top
+    parts = rotate(q[..., :size], k[..., :size], cos, -sin)
+    return tuple(torch.cat([part / stretch.to(x.dtype), x[..., size:]], -1) for part, x in zip(parts, (q, k), strict=True))
 
 
 def _transfer(seam: LayerSeam, q, k, v, exact, kwargs) -> Tensor:

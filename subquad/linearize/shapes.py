@@ -120,6 +120,8 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
             f"({type(error).__name__}: {_first_line(error)}). Complete its config.json, or install what it asks for."
         ) from error
     candidates = {m: name for name, m in model.named_modules() if _is_candidate(m)}
+    numbered = {m: name for m, name in candidates.items() if isinstance(getattr(m, "layer_idx", None), int)}
+    candidates = numbered or candidates  # an image tower inside a decoder has no numbers, and is not what is converted
     handles = [m.register_forward_pre_hook(lambda m, a, k: _inputs.__setitem__(type(m), (a, k)), with_kwargs=True) for m in candidates]
     for module in candidates:
         module.config = copy.copy(module.config)
@@ -127,7 +129,8 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
     _seen.clear()
     _inputs.clear()
     with torch.no_grad(), _AnswerAnything():
-        failure = _run(lambda: model(input_ids=torch.ones(1, TOKENS, dtype=torch.long, device="meta"), use_cache=False))
+        decodes = "use_cache" in inspect.signature(model.forward).parameters or hasattr(config, "use_cache")
+        failure = _run(lambda: model(**_inputs_of(model), **({"use_cache": False} if decodes else {})))
         reached = {entry[0] for entry in _seen}
         for handle in handles:
             handle.remove()
@@ -137,7 +140,8 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
                 _run(lambda module=module, args=args, kwargs=kwargs: module(*args, **kwargs))
     entries = {entry[0]: entry for entry in _seen}
     problems, cached = _problems(), _cached(entries)
-    found = [_found(candidates[m], m, *entry[1:6], config, problems.get(m, ""), cached.get(m, 0)) for m, entry in entries.items()]
+    order = {m: i for i, m in enumerate(m for m in candidates if m in entries)}
+    found = [_found(candidates[m], m, order[m], *entry[1:6], config, problems.get(m, ""), cached.get(m, 0)) for m, entry in entries.items()]
     _seen.clear()
     _inputs.clear()
     if not found and failure and model._supports_attention_backend:
@@ -154,7 +158,18 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "layer_idx", None), int) and isinstance(getattr(module, "config", None), PreTrainedConfig)
+    """Decoders' attention modules know their layer; those of encoders without a cache say that they are not causal, and come in layer order."""
+    known = isinstance(getattr(module, "layer_idx", None), int) or getattr(module, "is_causal", None) is False
+    return known and isinstance(getattr(module, "config", None), PreTrainedConfig)
+
+
+def _inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What the model is called with: two tokens, or one image."""
+    if model.main_input_name != "pixel_values":
+        return {"input_ids": torch.ones(1, TOKENS, dtype=torch.long, device="meta")}
+    config = model.config
+    size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size, config.image_size)
+    return {"pixel_values": torch.empty(1, config.num_channels, *size, device="meta")}
 
 
 def _run(call) -> Exception | None:
@@ -172,13 +187,14 @@ def _first_line(error: Exception) -> str:
 def _problems() -> dict[nn.Module, str]:
     """Recorded modules that no mixer can take the place of, and why."""
     calls = Counter(entry[0] for entry in _seen)
-    layers = Counter(module.layer_idx for module in calls)
+    layers = Counter(index for module in calls if (index := getattr(module, "layer_idx", None)) is not None)
     problems = {}
     owners: dict[int, set] = {}
     for module, *_, key in _seen:
         owners.setdefault(_storage(key), set()).add(module)
     for module, _, _, shape, _, _, own_mask, key in _seen:
-        if calls[module] > 1 or module.layer_idx < 0 or layers[module.layer_idx] > 1:
+        index = getattr(module, "layer_idx", None)
+        if calls[module] > 1 or (index is not None and (index < 0 or layers[index] > 1)):
             problems[module] = (
                 "it attends more than once per token (shared between layers, or two softmaxes), and a mixer has one state. Keep it exact."
             )
@@ -213,12 +229,13 @@ def _cached(modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
     return found
 
 
-def _found(name, module, hidden, q, k, v, arguments, config, problem, cached) -> Found:
+def _found(name, module, order, hidden, q, k, v, arguments, config, problem, cached) -> Found:
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
-    kind = kinds[module.layer_idx] if module.layer_idx < len(kinds) else "full_attention"
+    index = order if getattr(module, "layer_idx", None) is None else module.layer_idx
+    kind = kinds[index] if index < len(kinds) else "full_attention"
     return Found(
         name=name,
-        index=module.layer_idx,
+        index=index,
         hidden=hidden,
         query_heads=q[1],
         kv_heads=k[1],

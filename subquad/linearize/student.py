@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from subquad.errors import UserError
 from subquad.linearize.plan import Plan
+from subquad.linearize.seam import is_causal, seams
 from subquad.linearize.surgery import attach, detach
 
 MODEL_TYPE = "subquad"
@@ -156,6 +157,11 @@ def student_config(model: PreTrainedModel) -> SubquadConfig:
 
 def _save_pretrained(self, save_directory, **kwargs):
     """As PreTrainedModel.save_pretrained, with the student's config and the code that loads it without the package."""
+    if not all(is_causal(seam.module) for seam in seams(self)):
+        raise UserError(
+            f"A student folder holds a causal language model, and this {type(self).__name__} is an encoder. Keep its weights with "
+            "safetensors.torch.save_file(model.state_dict(), FILE) and the plan with model.subquad_plan.to_dict(); convert the teacher again to load them."
+        )
     type(self).teacher_class.save_pretrained(self, save_directory, **kwargs)
     if kwargs.get("is_main_process", True):
         config = student_config(self)

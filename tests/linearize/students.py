@@ -16,6 +16,10 @@ from transformers.cache_utils import Cache
 import subquad
 from subquad.linearize.params import mixer_parameters
 
+# Presets that between them use every way in which a mixer meets the seam, the state and the folder: window only, joint and gated, decays and
+# delta, gates kept with the window, un-rotated keys, several parts of memory, tied maps.
+PRESETS = ("window", "window_linear", "gla", "gated_delta", "nha", "flowformer", "performer", "kernelized", "gateloop")
+
 
 def randomise(model: PreTrainedModel, std: float = 0.3) -> PreTrainedModel:
     """Random mixer parameters: as built, gates are nearly closed and a wrong linear branch would hardly show."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SIZES, TOKENS, tiny_model, tiny_tokenizer
-from linearize.students import full, student_of, tokens
+from linearize.students import PRESETS, full, student_of, tokens
 from safetensors.torch import load_file, save_file
 from tolerances import FOLDER, SAME_NUMBERS, assert_near
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import subquad
 from subquad import UserError
 from subquad.linearize import bundle, hub
-from subquad.linearize.mixers import MIXERS
 from subquad.linearize.params import mixer_parameters
 
 REPOSITORY = Path(__file__).parents[2]
@@ -131,7 +130,7 @@ def test_code_in_the_folder_needs_torch_and_transformers_only():
 # --- what is kept ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", PRESETS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_load_gives_the_same_numbers(tmp_path, mixer, family):
     teacher = tiny_model(family, **({"n_embd": 64, "n_layer": 3, "n_head": 4} if family == "gpt2" else {"tie_word_embeddings": True}))

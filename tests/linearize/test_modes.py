@@ -3,12 +3,11 @@
 import pytest
 import torch
 from helpers import tiny_model
-from linearize.students import chunked, full, left_padded, student_of, tokens
+from linearize.students import PRESETS, chunked, full, left_padded, student_of, tokens
 from tolerances import FAMILY, assert_near, error
 
 import subquad
 from subquad import UserError
-from subquad.linearize.mixers import MIXERS
 from subquad.linearize.modes import as_teacher, calibrate, gated, transfer
 from subquad.linearize.params import mixer_parameters
 
@@ -21,7 +20,7 @@ def teacher():
     return tiny_model()
 
 
-@pytest.fixture(scope="module", params=MIXERS)
+@pytest.fixture(scope="module", params=PRESETS)
 def student(request, teacher):
     return student_of(teacher, mixer=request.param, **ARGUMENTS)
 

@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 from helpers import tiny_model
-from linearize.students import chunked, student_of, tokens
+from linearize.students import PRESETS, chunked, student_of, tokens
 from tolerances import BYTES
 
 import subquad
 from subquad import Plan, UserError
-from subquad.linearize.mixers import MIXERS
 from subquad.linearize.params import mixer_parameters
 from subquad.linearize.state import cache_bytes
 
@@ -30,7 +29,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", PRESETS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_json_both_ways(tiny_llama, mixer, shape):
     options = {} if mixer == "window" else {"mass": -3.0}
@@ -58,7 +57,7 @@ def test_json_that_does_not_fit(tiny_llama, what):
         Plan.from_dict(data)
 
 
-CASES = [("llama", mixer, shape) for mixer in MIXERS for shape in SHAPES] + [(f, "gla", "heads") for f in FAMILIES if f != "llama"]
+CASES = [("llama", mixer, shape) for mixer in PRESETS for shape in SHAPES] + [(f, "gla", "heads") for f in FAMILIES if f != "llama"]
 
 
 @pytest.mark.parametrize(("family", "mixer", "shape"), CASES, ids=["-".join(c) for c in CASES])
@@ -81,7 +80,7 @@ def test_bytes_in_bf16(tiny_llama):
     assert abs(plan.student_bytes(100) / measured - 1) <= BYTES
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", PRESETS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_added_are_the_models(tiny_llama, mixer, shape):
     before = tiny_llama.num_parameters()
@@ -91,6 +90,6 @@ def test_parameters_added_are_the_models(tiny_llama, mixer, shape):
 
 
 def test_constant_memory_is_constant(tiny_llama):
-    for mixer in MIXERS:
+    for mixer in PRESETS:
         plan = subquad.plan(tiny_llama, mixer=mixer)
         assert plan.student_bytes(1000) == plan.student_bytes(131072) < plan.teacher_bytes(1000)

@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from helpers import tiny_model
-from linearize.students import chunked, full, left_padded, padded_inputs, student_of, tokens
+from linearize.students import PRESETS, chunked, full, left_padded, padded_inputs, student_of, tokens
 from tolerances import FAMILY, assert_near, error
 
 import subquad
 from subquad import UserError
-from subquad.linearize.mixers import MIXERS
 from subquad.linearize.modes import as_teacher
 from subquad.linearize.params import attention_parameters, linear_names, mixer_parameters
 from subquad.linearize.seam import seams
@@ -119,7 +118,7 @@ def test_a_plan_for_another_model_is_refused_before_anything_is_touched(tiny_lla
 # --- batches -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", PRESETS)
 def test_packed_documents_are_separate_documents(tiny_llama, mixer):
     student = student_of(tiny_llama, **{**ARGUMENTS, "mixer": mixer})
     lengths = (7, 5, 4)
@@ -128,7 +127,7 @@ def test_packed_documents_are_separate_documents(tiny_llama, mixer):
     assert_near(full(student, IDS[:1], position_ids=positions), wanted, FAMILY)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", PRESETS)
 def test_right_padding_changes_nothing(tiny_llama, mixer):
     student = student_of(tiny_llama, **{**ARGUMENTS, "mixer": mixer})
     mask = torch.tensor([[1] * 16, [1] * 9 + [0] * 7])
@@ -190,7 +189,7 @@ def gradients(model, ids, **kwargs) -> dict:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", PRESETS)
 def test_gradient_checkpointing_changes_nothing(tiny_llama, mixer):
     student = student_of(tiny_llama, **{**ARGUMENTS, "mixer": mixer}).train()
     mask = torch.tensor([[1] * 16, [0] * 5 + [1] * 11])

@@ -37,10 +37,15 @@ class AttentionCall:
     state: MixerState | None = None  # None in training; read and updated in place
     softcap: float | None = None
     sink_logit_GR: Tensor | None = None  # learned sinks of the teacher (gpt-oss `s_aux`)
+    plain_q_BTGRK: Tensor | None = None  # before the teacher's rotation; None where it does not rotate, or the mixer does not ask
+    plain_k_BTGK: Tensor | None = None
+    causal: bool = True
 
 
 class Mixer(nn.Module):
     """Maps an AttentionCall to o_BTGRV in the dtype of v. Subclasses set `parameters` in __init__ and compute fp32 statistics."""
+
+    plain = False  # asks for q and k before the teacher's rotation
 
     def __init__(self, shape: HeadShape, window: int, sinks: int):
         super().__init__()
@@ -50,11 +55,16 @@ class Mixer(nn.Module):
         raise TypeError(f"{type(self).__name__} has no forward")  # every row of MIXERS overrides this
 
     @classmethod
-    def memory_bytes(cls, shape: HeadShape, **options) -> int:
-        """Bytes of the recurrent state per sequence; window and sinks are counted by the plan."""
+    def memory_bytes(cls, shape: HeadShape, **pieces) -> int:
+        """Bytes of the recurrent state per sequence; window and sinks are counted by `kept_tokens`."""
         return 0
 
     @classmethod
-    def extra_size(cls, **options) -> int:
-        """Numbers per token and key/value head that are kept with the window (gates)."""
+    def kept_tokens(cls, tokens: int, window: int, sinks: int, **pieces) -> tuple[int, int]:
+        """(tokens of the window, sinks) whose keys and values are kept after `tokens` tokens."""
+        return min(tokens, window), sinks
+
+    @classmethod
+    def extra_size(cls, shape: HeadShape, **pieces) -> int:
+        """Numbers (fp32) per token of the window and key/value head that are kept with it (gates)."""
         return 0

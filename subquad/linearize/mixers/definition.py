@@ -1,84 +1,299 @@
-"""What every mixer computes, written as sums over pairs of tokens: the oracle of the tests. No state, no padding, no chunks, any dtype.
+"""What every mixer computes, written as sums over pairs of tokens or one token at a time: the oracle of the tests. No state, no padding, no chunks.
 
-With W the window, N the sinks, s_tj = scale q_t.k_j (softcapped), near(t) = tokens t-W+1..t and the sinks 0..N-1, older(t) = N..t-W:
+With W the window, N the sinks, s_tj = scale q_t.k_j (softcapped), near(t) = tokens t-W+1..t and the sinks 0..N-1, older(t) = N..t-W (all of 0..t
+where combine is `alone`):
 
     window         o_t = sum_near e^s v / sum_near e^s
-    window_linear  o_t = (sum_near e^s v + e^mu_t sum_older phi_q(q_t).phi_k(k_j) v_j) / (the same without v)
-    gla            o_t = (1 - g_t) window + g_t sum_older w_tj v_j / sum_older w_tj,   w_tj = sum_r phi_q(q_t)_r phi_k(k_j)_r e^(a_(j+W+1)r + .. + a_tr)
-    gated_delta    o_t = (1 - g_t) window + g_t c S_t^T q^_t,   S_t = e^a_t S_(t-1), then the delta rule with k^_j, v_j, beta_j for j = t-W
+    w_tj           the linear branch's weight of j for t: phi_q(q_t).phi_k(k_j), faded by the decays between the step at which j is written and t
+    joint          o_t = (sum_near e^s v + e^mu_t sum_older w v) / (the same without v)
+    gated          o_t = (1 - g_t) window + g_t linear_t          added: window + g_t linear_t          alone: linear_t
 
-mu, g, a, beta are linear in the layer input. While older(t) is empty, o_t is the window's. Key: as in base.py.
+linear_t is what normalisers.py and outputs.py make of w_t. As long as older(t) is empty, o_t is the window's. Key: as in cell.py; J tokens that are read.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, Mixer
 from subquad.linearize.mixers.cell import Cell
-from subquad.linearize.mixers.gates import log_decay
+from subquad.linearize.mixers.definition_full import full_definition
+from subquad.linearize.mixers.levels import level_of
+from subquad.linearize.mixers.shared_key import SharedKey
+from subquad.linearize.mixers.slots import DAMPING, LIMIT
+from subquad.linearize.mixers.window import Window
 
 
 def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
     """o [B, T, G, R, V] of a call without state or padding, in the dtype of q; O(T^2)."""
-    T = call.q_BTGRK.shape[1]
-    t, j = torch.arange(T)[:, None], torch.arange(T)[None]
-    older = (j <= t - mixer.window) & (j >= mixer.sinks)
-    near = (j <= t) & ~older
-    scores = torch.einsum("btgrk,bjgk->bgrtj", call.q_BTGRK, call.k_BTGK) * call.scale
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    weights = scores.exp() * near
-    total = weights.sum(-1, keepdim=True)
-    if call.sink_logit_GR is not None:
-        total = total + call.sink_logit_GR.exp()[None, :, :, None, None]
-    window = _apply(weights / total, call.v_BTGV)
+    if isinstance(mixer, SharedKey):
+        key = torch.einsum("btgk,g->btk", call.k_BTGK, mixer.share).unsqueeze(2)
+        return window_attention(mixer, replace(call, k_BTGK=key.expand_as(call.k_BTGK)))[0]
+    if isinstance(mixer, Window):
+        return window_attention(mixer, call)[0]
     if not isinstance(mixer, Cell):
-        return window
+        return full_definition(mixer, call)
+    T, alone = call.q_BTGRK.shape[1], mixer.combine == "alone"
+    t, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    older = (j <= t) if alone else (j <= t - mixer.window) & (j >= mixer.sinks)
     some = older.any(1)[None, :, None, None]
-    mix = mixer.mix(call.hidden_BTD).to(window.dtype)
-    if mixer.write == "delta":
+    if not alone:
+        window, weights, extra = window_attention(mixer, call)
+    if mixer.combine_row.joint:
+        if mixer.slotted:
+            similar, total = slot_weights(mixer, call, older)
+            extra = extra + total - similar.sum(-1, keepdim=True)
+        else:
+            similar = weights_of(mixer, call, older)
+        if mixer.combine == "joint":
+            similar = similar * mixer.mix(call.hidden_BTD).exp().permute(0, 2, 3, 1)[..., None]
+        if mixer.combine == "joint_top":  # the maximum counts as a constant
+            top = (scores_of(call).masked_fill(~near(mixer, T), float("-inf"))).amax(-1, keepdim=True).detach()
+            if call.sink_logit_GR is not None:
+                top = torch.maximum(top, call.sink_logit_GR[None, :, :, None, None])
+            similar = similar * top.exp() / torch.sigmoid(mixer.factor)[None, :, :, None, None]
+        both = weights + similar
+        return _apply(both / (both.sum(-1, keepdim=True) + extra), call.v_BTGV)
+    linear = linear_branch(mixer, call, older)
+    if alone:
+        return linear
+    share = (torch.sigmoid(mixer.mix(call.hidden_BTD)) * some)[..., None]
+    return window + share * linear if mixer.combine == "added" else (1 - share) * window + share * linear
+
+
+def linear_branch(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
+    if mixer.slotted:
+        weights, total = slot_weights(mixer, call, older)
+        linear = _apply(weights / total.clamp_min(1e-30), call.v_BTGV)
+    elif mixer.beta is not None or mixer.write == "selective":
         linear = _delta(mixer, call)
-        share = torch.sigmoid(mix) * some
-        return (1 - share)[..., None] * window + (share * mixer.read_scale)[..., None] * linear
-    similar = _similarity(mixer, call) * older
-    if mixer.combine == "joint":
-        both = weights + mix.exp().permute(0, 2, 3, 1)[..., None] * similar
-        return _apply(both / (both.sum(-1, keepdim=True) + total - weights.sum(-1, keepdim=True)), call.v_BTGV)
-    linear = _apply(similar / similar.sum(-1, keepdim=True).clamp_min(1e-6), call.v_BTGV)
-    share = (torch.sigmoid(mix) * some)[..., None]
-    return (1 - share) * window + share * linear
+    else:
+        linear = _normalised(mixer, call, weights_of(mixer, call, older), older)
+    if mixer.output is not None:
+        linear = mixer.output(linear, call.hidden_BTD)
+    return linear * mixer.read_scale[..., None] if hasattr(mixer, "read_scale") else linear
+
+
+def near(mixer: Mixer, T: int) -> Tensor:
+    t, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    return (j <= t) & ((j > t - mixer.window) | (j < mixer.sinks))
+
+
+def scores_of(call: AttentionCall) -> Tensor:
+    scores = torch.einsum("btgrk,bjgk->bgrtj", call.q_BTGRK, call.k_BTGK) * call.scale
+    return scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
+
+
+def window_attention(mixer: Mixer, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(output, e^s of near tokens [B, G, R, T, J], what a learned sink adds to their sum)."""
+    weights = scores_of(call).exp() * near(mixer, call.q_BTGRK.shape[1])
+    extra = 0.0 if call.sink_logit_GR is None else call.sink_logit_GR.exp()[None, :, :, None, None]
+    return _apply(weights / (weights.sum(-1, keepdim=True) + extra), call.v_BTGV), weights, extra
 
 
 def _apply(weights_BGRTJ: Tensor, v_BTGV: Tensor) -> Tensor:
     return torch.einsum("bgrtj,bjgv->btgrv", weights_BGRTJ, v_BTGV)
 
 
-def _similarity(mixer: Cell, call: AttentionCall) -> Tensor:
-    """[B, G, R, T, J]: phi_q(q_t).phi_k(k_j), faded by the decays between the step at which j is written and t."""
-    q, k = mixer.map_q(call.q_BTGRK), mixer.map_k(call.k_BTGK)
+def _features(mixer: Cell, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    position = torch.arange(call.q_BTGRK.shape[1])[None].expand(call.q_BTGRK.shape[0], -1)
+    q, k = mixer.map_q(mixer.queries(call), position), mixer.map_k(mixer.keys(call), position)
+    q = q.exp() if "q" in mixer.map_row.exponential else q
+    k = k.exp() if "k" in mixer.map_row.exponential else k
+    if mixer.write == "convex":
+        k = 1 - mixer.decay(call.k_BTGK).exp()
+    if mixer.write == "step":
+        k = k * mixer.decay.step(call.hidden_BTD)[..., None]
+    if mixer.write == "dual":
+        g, tau = mixer.decay.parts(call.hidden_BTD)
+        k = k * g**tau
+    return q, k
+
+
+def _fade(mixer: Cell, call: AttentionCall) -> Tensor:
+    """[B, T, J, G, 1 or F]: e^(sum of the log decays between the step at which j is written and t); only pairs of older(t) count."""
+    T = call.q_BTGRK.shape[1]
     if mixer.decay is None:
-        return torch.einsum("btgrf,bjgf->bgrtj", q, k)
-    a = log_decay(mixer.decay(call.hidden_BTD))
-    a = a[..., None].expand(*a.shape, k.shape[-1]) if a.dim() == 3 else a
+        return torch.ones(1, T, T, 1, 1)
+    lag = 0 if mixer.combine == "alone" else mixer.window
+    a = mixer.decay(call.k_BTGK if mixer.decay_row.reads == "key" else call.hidden_BTD)
+    a = a if mixer.decay_row.vector else a[..., None]
+    if mixer.decay_row.clock == "own" and lag:  # the gate of the token that is written: sinks never are
+        a = a.clone()
+        a[:, : mixer.sinks] = 0
+        a = torch.cat([torch.zeros_like(a[:, :1]).expand(-1, min(lag, T), -1, -1), a], 1)[:, :T]
     total = a.cumsum(1)
-    T = total.shape[1]
-    written = (torch.arange(T) + mixer.window).clamp_max(T - 1)
-    fade = (total[:, :, None] - total[:, None, written]).clamp_max(0.0).exp()  # [B, T, J, G, F]; only pairs with j <= t - W count
-    return torch.einsum("btgrf,bjgf,btjgf->bgrtj", q, k, fade)
+    written = (torch.arange(T) + lag).clamp_max(T - 1)
+    return (total[:, :, None] - total[:, None, written]).clamp_max(0.0).exp()
+
+
+def weights_of(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
+    """[B, G, R, T, J]: w_tj, 0 outside older(t)."""
+    q, k = _features(mixer, call)
+    fade = _fade(mixer, call)
+    if mixer.pieces["normaliser"] == "feature":
+        return torch.einsum("btgrf,btjgf->bgrtj", q, _shares(k, older))
+    if mixer.position_row.phases:
+        one = torch.ones(call.q_BTGRK.shape[:2])
+        phase = mixer.phases(call.hidden_BTD, one, torch.zeros(1, 1, 1))
+        apart = phase[:, :, None] - phase[:, None]  # [B, T, J, G, P]
+        if mixer.position_row.doubles:
+            fade = fade * apart.cos()
+        else:
+            q, k = _turn(q, phase.unsqueeze(3)), _turn(k, phase)
+    w = torch.einsum("btgrf,bjgf,btjgf->bgrtj", q, k, fade.expand(q.shape[0], -1, -1, k.shape[2], k.shape[-1]))
+    if mixer.routes is not None:
+        route = mixer.routes(call.hidden_BTD)
+        w = w * torch.einsum("btgp,bjgp->bgtj", route, route).unsqueeze(2)
+    if mixer.levels is not None:
+        lag = 0 if mixer.combine == "alone" else mixer.window
+        first = 0 if mixer.combine == "alone" else mixer.sinks
+        weight = mixer.levels(call.hidden_BTD)  # [B, T, G, R, L]; written tokens are counted from 0
+        level = level_of(w.shape[-1])
+        for t in range(lag + first, w.shape[-1]):
+            span = t - lag - first
+            w[:, :, :, t, first : first + span + 1] *= weight[:, t][..., level[span, : span + 1]]
+    if mixer.pieces["key_weight"] == "competition":
+        w = w * _competition(q, mixer.keys(call)).permute(0, 2, 1)[:, :, None, None]
+    return w * older
+
+
+def _turn(x: Tensor, phase: Tensor) -> Tensor:
+    """Pairs (first half, second half) as complex numbers, times e^(i phase)."""
+    one, two = x.chunk(2, -1)
+    turned = torch.complex(one, two) * torch.polar(torch.ones_like(phase), phase)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def _shares(k: Tensor, older: Tensor) -> Tensor:
+    """[B, T, J, G, F]: k_jr / sum_(l in older(t)) k_lr."""
+    sums = torch.einsum("tj,bjgf->btgf", older.to(k.dtype), k).clamp_min(torch.finfo(torch.float32).tiny)
+    return k[:, None] * older[None, :, :, None, None] / sums[:, :, None]
+
+
+def _normalised(mixer: Cell, call: AttentionCall, w: Tensor, older: Tensor) -> Tensor:
+    """The published weights, pair by pair, times v."""
+    name, total = mixer.pieces["normaliser"], w.sum(-1, keepdim=True)
+    n = older.sum(1).clamp_min(1).to(w.dtype)[:, None]
+    floor = 1e-30 if mixer.map_row.exponential else 1e-6
+    if name == "sum":
+        w = w / total.clamp_min(floor)
+    elif name == "clamped":
+        w = mixer.normalise.tau[:, :, None, None] * w / total.clamp_min(100.0)
+    elif name == "centred":
+        w = (w + (1 - total / n) * older) / n
+    elif name == "magnitude":  # token means: w / n in the place of w, except in its own divisor
+        w = (1 / n + 1 / total.clamp_min(floor)) * w - total / n.square() * older
+    elif name == "magnitude_sum":
+        w = (1 + 1 / total.clamp_min(floor)) * w - total / n * older
+    elif name == "count":
+        w = w * n ** -torch.sigmoid(mixer.normalise.power)[:, :, None, None]
+    elif name == "mean":
+        w = w / n
+    elif name == "flow":
+        q, k = _features(mixer, call)
+        weight, outgoing = _flow(q, k)
+        allocation = torch.einsum("btgrf,bjgf,bjg,tj->bgrt", q, k, 1 / outgoing, older.to(q.dtype))[..., None] / n
+        w = torch.sigmoid(allocation) * w * weight.permute(0, 2, 1)[:, :, None, None] / total.clamp_min(floor)
+    return _apply(w, call.v_BTGV)
+
+
+def _competition(q: Tensor, k: Tensor) -> Tensor:
+    """RALA's alpha [B, J, G]: each token's logit stays the one it had when it came."""
+    means = [q[:, : j + 1].mean((1, 3)) for j in range(q.shape[1])]
+    logits = torch.stack([(mean * k[:, j]).sum(-1) for j, mean in enumerate(means)], 1) / k.shape[-1] ** 0.5
+    return torch.stack([logits[:, : j + 1].softmax(1)[:, -1] * (j + 1) for j in range(q.shape[1])], 1)
+
+
+def _flow(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Flow-Attention's c [B, J, G] and O [B, J, G], from all pairs of queries i and keys j."""
+    pairs, T = torch.einsum("bigrf,bjgf->bgrij", q, k), q.shape[1]
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    incoming = (pairs * (j <= i)).sum(-1, keepdim=True) / (i + 1)
+    outgoing = (pairs * (i <= j)).sum(-2).mean(2) / (j[0] + 1)
+    competing = ((pairs / incoming * (i <= j)).sum(-2).mean(2) / (j[0] + 1)).clamp(-1, 1).exp()
+    weight = torch.stack([competing[..., n] / competing[..., : n + 1].sum(-1) * (n + 1) for n in range(T)], 1)
+    return weight, outgoing.transpose(1, 2)
 
 
 def _delta(mixer: Cell, call: AttentionCall) -> Tensor:
-    q, k = mixer.map_q(call.q_BTGRK), mixer.map_k(call.k_BTGK)
+    q, k = _features(mixer, call)
+    lag, first = (0, 0) if mixer.combine == "alone" else (mixer.window, mixer.sinks)
+    if mixer.write == "selective":
+        return _selective(mixer, call, q, k, lag, first)
     beta = torch.sigmoid(mixer.beta(call.hidden_BTD)).squeeze(-1)
-    a = torch.zeros_like(beta) if mixer.decay is None else log_decay(mixer.decay(call.hidden_BTD))
+    a = torch.zeros_like(beta) if mixer.decay is None else mixer.decay(call.hidden_BTD)
     B, T, G, R, feat = q.shape
     state = q.new_zeros(B, G, feat, call.v_BTGV.shape[-1])
+    if mixer.write == "momentum":
+        return _momentum(mixer, call, q, k, beta, a, lag, first)
     out = []
     for t in range(T):
-        state = state * a[:, t, :, None, None].exp()
-        j = t - mixer.window
-        if j >= mixer.sinks:
+        j = t - lag
+        if mixer.decay_row.clock == "now":
+            state = state * a[:, t, :, None, None].exp()
+        elif j >= first:
+            state = state * a[:, j, :, None, None].exp()
+        if j >= first:
             wrong = call.v_BTGV[:, j] - torch.einsum("bgf,bgfv->bgv", k[:, j], state)
             state = state + k[:, j, :, :, None] * (beta[:, j, :, None] * wrong)[:, :, None]
         out.append(torch.einsum("bgrf,bgfv->bgrv", q[:, t], state))
     return torch.stack(out, 1)
+
+
+def _momentum(mixer: Cell, call: AttentionCall, q: Tensor, k: Tensor, beta: Tensor, a: Tensor, lag: int, first: int) -> Tensor:
+    """Titans' linear memory: M_j = a_j M_(j-1) + P_j, P_j = eta_j P_(j-1) - beta_j grad |M_(j-1)^T k_j - v_j|^2 / 2."""
+    eta, v = torch.sigmoid(mixer.eta(call.hidden_BTD)).squeeze(-1), call.v_BTGV
+    M = P = torch.zeros(k.shape[0], *k.shape[2:], v.shape[-1])
+    out = []
+    for t in range(q.shape[1]):
+        j = t - lag
+        if j >= first:
+            gradient = torch.einsum("bgf,bgv->bgfv", k[:, j], torch.einsum("bgfv,bgf->bgv", M, k[:, j]) - v[:, j])
+            P = eta[:, j, :, None, None] * P - beta[:, j, :, None, None] * gradient
+            M = a[:, j, :, None, None].exp() * M + P
+        out.append(torch.einsum("bgfv,bgrf->bgrv", M, q[:, t]))
+    return torch.stack(out, 1)
+
+
+def _selective(mixer: Cell, call: AttentionCall, q: Tensor, k: Tensor, lag: int, first: int) -> Tensor:
+    """Mamba-1: the weight of j for t in channel v is sum_f q_tf k_jf dt_jv e^(-A_fv (dt_(j+1)v + .. + dt_tv)), over the tokens written by t."""
+    dt, T = torch.nn.functional.softplus(mixer.dt(call.hidden_BTD)), q.shape[1]
+    total = torch.where(torch.arange(T)[:, None, None] >= first, dt, 0.0).cumsum(1)
+    A, out = mixer.log_a.exp(), []
+    for t in range(T):
+        j = torch.arange(first, max(t - lag + 1, first))
+        if len(j) == 0:
+            out.append(torch.zeros(*q.shape[:1], *q.shape[2:4], call.v_BTGV.shape[-1]))
+            continue
+        gone = total[:, t - lag, None] - total[:, j]  # [B, J, G, V]
+        fade = torch.exp(-A[None, None] * gone[:, :, :, None])
+        out.append(torch.einsum("bgrf,bjgf,bjgv,bjgfv->bgrv", q[:, t], k[:, j], dt[:, j] * call.v_BTGV[:, j], fade))
+    return torch.stack(out, 1)
+
+
+def slot_weights(mixer: Cell, call: AttentionCall, older: Tensor) -> tuple[Tensor, Tensor]:
+    """(w [B, G, R, T, J], sum over slots of e^(slot logit) times the share of token j in that slot; the sum of e^(slot logit) alone).
+
+    Shares of a slot need not add up to one. One token at a time."""
+    lag, first = (0, 0) if mixer.combine == "alone" else (mixer.window, mixer.sinks)
+    z, q, k = mixer.slot(call.hidden_BTD), mixer.queries(call), mixer.keys(call)
+    B, T, G, M = z.shape
+    share = z.new_zeros(B, G, M, T)  # of token j in slot m
+    seen = z.new_full((B, G, M), float("-inf"))
+    out, totals = [], []
+    for t in range(T):
+        j = t - lag
+        if j >= first and mixer.container == "gated_slots":
+            f = torch.sigmoid(z[:, j]) ** (1 / DAMPING)
+            share = share * f[..., None] + (1 - f)[..., None] * (torch.arange(T) == j)
+        elif j >= first:
+            now = torch.logaddexp(seen, z[:, j].clamp(-LIMIT, LIMIT))
+            share = share * (seen - now).exp()[..., None] + (z[:, j].clamp(-LIMIT, LIMIT) - now).exp()[..., None] * (torch.arange(T) == j)
+            seen = now
+        keys = torch.einsum("bgmj,bjgk->bgmk", share, k)
+        logits = torch.einsum("bgrk,bgmk->bgrm", q[:, t], keys) * call.scale
+        out.append(torch.einsum("bgrm,bgmj->bgrj", logits.exp(), share))
+        totals.append(logits.exp().sum(-1, keepdim=True) * (j >= first))
+    return torch.stack(out, 3) * older, torch.stack(totals, 3)

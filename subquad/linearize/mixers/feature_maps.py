@@ -1,7 +1,7 @@
-"""Feature maps: functions of W x, per head. One function and one row each (SEEDS 3.2 K1).
+"""Feature maps: what queries and keys become before they meet (SEEDS 3.2 K1). One function and one row each.
 
-Every function maps y = W x (+ b), fp32, to non-negative features unless its row says otherwise. The three published Hedgehogs are three rows:
-their checkpoints are not interchangeable (SEEDS 0.1).
+A row's function maps y = W x (+ b), fp32. The three published Hedgehogs are three rows: their checkpoints are not interchangeable (SEEDS 0.1).
+Maps with parameters or buffers of their own are modules in other files, named by their row.
 
 Key: B batch, T tokens, P heads (key/value heads, or G x R query heads), K head size, F features.
 """
@@ -14,13 +14,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.registry import lookup
+
 
 @dataclass(frozen=True)
 class FeatureMap:
-    fn: Callable[[Tensor], Tensor]
+    fn: Callable[[Tensor], Tensor] | None
     factor: int  # features per row of W x
-    positive: bool
+    positive: bool  # features are never negative: a sum of them can divide
     source: str
+    k_fn: Callable[[Tensor], Tensor] | None = None  # where keys are mapped otherwise
+    weight: bool = True  # a learned W in front, identity at the start
+    bias: bool = False
+    width: Callable[[int], int] | None = None  # features of a head of K numbers, where that is not factor x K
+    exponential: str = ""  # sides (q, k, qk) for which the function gives log features; the cell keeps their maximum out of the exponent
+    module: str = ""  # a key of MODULES: a map with parameters of its own
 
 
 def hedgehog_exp(y: Tensor) -> Tensor:
@@ -44,27 +52,160 @@ def unit(y: Tensor) -> Tensor:
     return F.normalize(y, dim=-1)
 
 
+def silu_unit(y: Tensor) -> Tensor:
+    """SiLU, then unit length (DeltaNet)."""
+    return F.normalize(F.silu(y), dim=-1)
+
+
+def identity(y: Tensor) -> Tensor:
+    return y
+
+
+def elu1(y: Tensor) -> Tensor:
+    return F.elu(y) + 1
+
+
+def softmax(y: Tensor) -> Tensor:
+    """Softmax over the features of one token."""
+    return y.softmax(-1)
+
+
+def bounded_exp(y: Tensor) -> Tensor:
+    """exp(y); clamped at 30, so that sums of many keys stay inside fp32."""
+    return y.clamp(-30, 30).exp()
+
+
+def norm_power_q(y: Tensor) -> Tensor:
+    """NaLaFormer queries: signed split of the direction to the power 3 (1/2 + tanh |y|)."""
+    norm = y.norm(dim=-1, keepdim=True)
+    power = 3 * (0.5 + torch.tanh(norm))
+    direction = y / norm.clamp_min(1e-6)
+    # pow has no gradient at 0: the floor stands for it, and features at the floor are set to 0.
+    parts = [torch.where(d > 1e-6, d.clamp_min(1e-6) ** power, 0.0) for d in (direction, -direction)]
+    return torch.cat(parts, -1)
+
+
+def norm_power_k(y: Tensor) -> Tensor:
+    """NaLaFormer keys: [ReLU(y^3); ReLU(-y^3)]."""
+    cube = y.clamp(-1e4, 1e4) ** 3
+    return torch.cat([cube.relu(), (-cube).relu()], -1)
+
+
+def taylor1(y: Tensor) -> Tensor:
+    """[1; y / |y|]: weight 1 + cos, never negative (FAST, p = 1)."""
+    y = F.normalize(y, dim=-1)
+    return torch.cat([torch.ones_like(y[..., :1]), y], -1)
+
+
+def quadratic(y: Tensor) -> Tensor:
+    """All products y_a y_b, a <= b, those with a < b times sqrt 2: the inner product is (q.k)^2. K (K + 1) / 2 features."""
+    a, b = torch.triu_indices(y.shape[-1], y.shape[-1], device=y.device)
+    twice = torch.where(a == b, 1.0, 2.0**0.5)
+    return y[..., a] * y[..., b] * twice
+
+
+def taylor2(y: Tensor) -> Tensor:
+    """[1; y^; y^ x y^ / sqrt 2] of the direction y^: weight 1 + s + s^2 / 2 >= 1/2 (FAST, p = 2)."""
+    y = F.normalize(y, dim=-1)
+    return torch.cat([torch.ones_like(y[..., :1]), y, quadratic(y) / 2**0.5], -1)
+
+
+def _pairs(K: int) -> int:
+    return K * (K + 1) // 2
+
+
+def _row(fn, source: str, factor: int = 1, positive: bool = True, weight: bool = False, **more) -> FeatureMap:
+    return FeatureMap(fn, factor, positive, source, weight=weight, **more)
+
+
+def _module(name: str, source: str, positive: bool = True, **more) -> FeatureMap:
+    return FeatureMap(None, 0, positive, source, weight=False, module=name, **more)
+
+
+MODULES = {
+    "favor": "subquad.linearize.mixers.random_features:Favor",
+    "gmm": "subquad.linearize.mixers.random_features:Mixture",
+    "cosine": "subquad.linearize.mixers.shaped_features:Cosine",
+    "log_normal": "subquad.linearize.mixers.shaped_features:LogNormal",
+    "focused": "subquad.linearize.mixers.shaped_features:Focused",
+    "taylor": "subquad.linearize.mixers.shaped_features:Taylor",
+    "normed": "subquad.linearize.mixers.shaped_features:Normed",
+    "polynomial": "subquad.linearize.mixers.shaped_features:Polynomial",
+    "codes": "subquad.linearize.mixers.coded_features:Codes",
+    "codebook": "subquad.linearize.mixers.coded_features:Codebook",
+}
+
 FEATURE_MAPS = {
     "hedgehog_exp": FeatureMap(hedgehog_exp, 2, True, "SEEDS A03 (paper form)"),
     "hedgehog_softmax2": FeatureMap(hedgehog_softmax2, 2, True, "SEEDS A03 (LoLCATs form)"),
     "hedgehog_softmax": FeatureMap(hedgehog_softmax, 2, True, "SEEDS A03 (one softmax over both signs)"),
     "unit": FeatureMap(unit, 1, False, "SEEDS B01"),
+    "silu_unit": _row(silu_unit, "SEEDS B01", positive=False, weight=True),
+    "unit_norm": _row(unit, "SEEDS A04", positive=False),
+    "identity": _row(identity, "SEEDS A10, B13", positive=False),
+    "silu": _row(F.silu, "SEEDS B04", positive=False),
+    "relu": _row(F.relu, "SEEDS A09, A14"),
+    "relu_linear": _row(F.relu, "SEEDS Dependencies, T2R; G01", weight=True, bias=True),
+    "elu1": _row(elu1, "SEEDS Dependencies, Linear Transformer; A11, A12"),
+    "sigmoid": _row(torch.sigmoid, "SEEDS A07"),
+    "softmax": _row(softmax, "SEEDS A24, Liger"),
+    "efficient": _row(softmax, "SEEDS A06", k_fn=bounded_exp),
+    "norm_power": _row(norm_power_q, "SEEDS A13", factor=2, k_fn=norm_power_k),
+    "fast1": _row(taylor1, "SEEDS A26", width=lambda K: K + 1),
+    "fast2": _row(taylor2, "SEEDS A26", width=lambda K: 1 + K + _pairs(K)),
+    "quadratic": _row(quadratic, "SEEDS E08, p = 2", positive=True, width=_pairs),
+    "favor": _module("favor", "SEEDS A01", exponential="qk"),
+    "gmm": _module("gmm", "SEEDS A21", exponential="qk"),
+    "cosine": _module("cosine", "SEEDS A02"),
+    "log_normal": _module("log_normal", "SEEDS A15", exponential="qk"),
+    "focused": _module("focused", "SEEDS A08"),
+    "taylor": _module("taylor", "SEEDS A05"),
+    "normed": _module("normed", "SEEDS A23", positive=False),
+    "polynomial": _module("polynomial", "SEEDS C02"),
+    "codes": _module("codes", "SEEDS A17"),
+    "codebook": _module("codebook", "SEEDS A19", exponential="q"),
 }
 
 
 class LearnedMap(nn.Module):
-    """phi(W x) with one W per head, identity at the start, computed in fp32.
+    """phi(W x + b) with one W per head, identity at the start, computed in fp32; phi(x) for rows without a weight.
 
-    [B, T, *heads, K] -> [B, T, *heads, factor * K]. `heads` is (G,) for keys and (G, R) for queries: keys are mapped once per key/value head.
+    [B, T, *heads, K] -> [B, T, *heads, F]. `heads` is (G,) for keys and (G, R) for queries: keys are mapped once per key/value head.
     """
 
-    def __init__(self, name: str, heads: tuple[int, ...], size: int, scale: float = 1.0):
+    def __init__(self, name: str, heads: tuple[int, ...], size: int, scale: float = 1.0, side: str = "q"):
         super().__init__()
-        self.map = FEATURE_MAPS[name]
-        self.scale = scale
-        self.weight = nn.Parameter(torch.eye(size).repeat(*heads, 1, 1))  # [*heads, K, K]
+        row = FEATURE_MAPS[name]
+        self.fn = row.k_fn if side == "k" and row.k_fn is not None else row.fn
+        self.map, self.scale, self.heads = row, scale, heads
+        if row.weight:
+            self.weight = nn.Parameter(torch.eye(size).repeat(*heads, 1, 1))  # [*heads, K, K]
+        if row.bias:
+            self.bias = nn.Parameter(torch.zeros(*heads, size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        letters = "gr"[: self.weight.dim() - 2]
-        y = torch.einsum(f"bt{letters}k,{letters}kf->bt{letters}f", x.float() * self.scale, self.weight.float())
-        return self.map.fn(y)
+    def forward(self, x: Tensor, position_BT: Tensor | None = None) -> Tensor:
+        letters = "gr"[: len(self.heads)]
+        y = x.float() * self.scale
+        if self.map.weight:
+            y = torch.einsum(f"bt{letters}k,{letters}kf->bt{letters}f", y, self.weight.float())
+        if self.map.bias:
+            y = y + self.bias.float()
+        return self.fn(y)
+
+
+def make_map(name: str, side: str, heads: tuple[int, ...], size: int, options: dict) -> nn.Module:
+    """The map of queries (side q) or keys (side k). q.k / sqrt(K) is split evenly over both sides for positive maps, so that W = identity
+    gives features of the teacher's logit scale; maps that want the numbers as they are say so by not being positive."""
+    row = FEATURE_MAPS[name]
+    scale = size**-0.25 if row.positive else 1.0
+    if row.module:
+        return lookup("feature map", row.module, MODULES)(side, heads, size, scale, **options)
+    return LearnedMap(name, heads, size, scale, side)
+
+
+def features_of(name: str, size: int, options: dict) -> int:
+    """Features of a head of `size` numbers."""
+    row = FEATURE_MAPS[name]
+    if row.module:
+        return lookup("feature map", row.module, MODULES).width(size, **options)
+    return row.factor * size if row.width is None else row.width(size)

@@ -86,12 +86,12 @@ def extend(call: AttentionCall, sinks: int, extra_BTGX: Tensor | None = None) ->
     return Extended(k, v, extra, before, sink_k, sink_v)
 
 
-def remember(call: AttentionCall, slots: Extended, window: int) -> None:
+def remember_slots(call: AttentionCall, slots: Extended, window: int) -> None:
     """Update the state's window, sinks and counts after a call that `plain_position` allowed."""
     if call.state is not None:
         B = call.k_BTGK.shape[0]
         seen_B = call.state.seen_B if call.state.seen_B is not None else torch.zeros(B, dtype=torch.long, device=call.k_BTGK.device)
-        _remember(call, slots.k, slots.v, slots.extra, slots.before, window, seen_B, slots.sink_k, slots.sink_v)
+        remember(call, slots.k, slots.v, slots.extra, slots.before, window, seen_B, slots.sink_k, slots.sink_v)
 
 
 def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Tensor | None = None) -> Local:
@@ -126,7 +126,7 @@ def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Te
         if call.real_BT is not None:
             local.left_BT = local.left_BT & call.real_BT
     if state is not None:
-        _remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v)
+        remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v)
     return local
 
 
@@ -152,7 +152,7 @@ def _plain(call: AttentionCall, slots: Extended, position: int, window: int, sin
         local.left_BT = (torch.arange(T, device=slots.k.device) + (position - window) >= sinks).expand(B, -1)
         if call.real_BT is not None:
             local.left_BT = local.left_BT & call.real_BT
-    remember(call, slots, window)
+    remember_slots(call, slots, window)
     return local
 
 
@@ -180,7 +180,8 @@ def _sinks(call: AttentionCall, sinks: int, seen_B: Tensor, fewest: int) -> tupl
     return torch.where(old, state.sink_k, k), torch.where(old, state.sink_v, v)
 
 
-def _remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v) -> None:
+def remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v) -> None:
+    """Keep the last `window` real tokens of k, v [B, before + T, G, *] (and of what is kept with them) in the state, and count the new ones."""
     state, T = call.state, call.k_BTGK.shape[1]
     keep = min(window, before + T)
     if call.real_BT is None:

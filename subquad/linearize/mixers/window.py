@@ -4,7 +4,7 @@ from torch import Tensor
 
 from subquad.kernels.ops import window_linear_step
 from subquad.linearize.mixers.base import AttentionCall, Mixer
-from subquad.linearize.mixers.local import extend, local_attention, one_token, plain_position, remember
+from subquad.linearize.mixers.local import extend, local_attention, one_token, plain_position, remember_slots
 
 
 class Window(Mixer):
@@ -24,6 +24,6 @@ class Window(Mixer):
                 sink_k_BNGK=slots.sink_k,
                 sink_v_BNGV=slots.sink_v,
             )
-            remember(call, slots, self.window)
+            remember_slots(call, slots, self.window)
             return out.view(*call.q_BTGRK.shape[:4], -1).to(call.v_BTGV.dtype)
         return local_attention(call, self.window, self.sinks).output().to(call.v_BTGV.dtype)

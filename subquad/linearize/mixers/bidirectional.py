@@ -1,0 +1,88 @@
+"""The cell without a direction: every token reads every real token of its row (SEEDS 3.2 K10). For encoders; no window, no state.
+
+Without decay the state is one total sum. With decay (LION) two scans meet, A_ij = q_i.k_j prod of the decays between i and j, the diagonal once;
+a decay belongs to the token that is written: a_j .. a_(i-1) for j < i, a_(i+1) .. a_j for j > i (SEEDS 0.9).
+
+Key: as in cell.py.
+"""
+
+import torch
+from torch import Tensor
+
+from subquad.kernels.additive import additive_chunk
+from subquad.linearize.mixers.base import AttentionCall
+from subquad.linearize.mixers.key_weights import NOTHING, TINY
+from subquad.linearize.mixers.memory import has_total
+from subquad.linearize.mixers.normalisers import EPS, Sums
+from subquad.linearize.mixers.stream import positions, real, seen
+
+
+def whole_sequence(cell, call: AttentionCall) -> Tensor:
+    """o [B, T, G, R, V] fp32 of a cell whose combine is `alone`."""
+    position, on = positions(call, seen(call)), real(call)
+    q, k = cell.map_q(cell.queries(call), position), cell.map_k(cell.keys(call), position)
+    exponential = cell.map_row.exponential
+    if "q" in exponential:
+        q = (q - q.amax(-1, keepdim=True).detach()).exp()
+    if "k" in exponential:
+        k = k.masked_fill(~on[..., None, None], NOTHING)
+        k = (k - k.amax((1, 3), keepdim=True).detach()).exp()
+    mask = on[..., None, None].float()
+    k, n = k * mask, on.sum(1).clamp_min(1).float()
+    v = call.v_BTGV.float() * mask
+    allocation = None
+    if cell.pieces["key_weight"] == "competition":
+        k = k * _competition(q, cell.keys(call).float(), on, n)
+    value = v
+    if cell.pieces["key_weight"] == "flow":
+        allocation, weight = _flow(q, k, on, n)
+        value = v * weight
+    if has_total(cell.pieces):
+        value = torch.cat([value, torch.ones_like(v[..., :1])], -1)
+    if cell.pieces["normaliser"] == "feature":
+        q = q / k.sum(1).clamp_min(torch.finfo(torch.float32).tiny)[:, None, :, None]
+    y = _scans(q, k, value, cell.decay(call.hidden_BTD) * mask[..., 0]) if cell.decay is not None else _total(q, k, value)
+    V = v.shape[-1]
+    u = v.sum(1)[:, None].expand_as(v)
+    sums = Sums(
+        y[..., :V], y[..., V] if y.shape[-1] > V else None, u, n[:, None].expand(on.shape), allocation, 1e-30 if exponential else EPS
+    )  # fmt: skip
+    out = cell.normalise(sums)
+    return out if cell.output is None else cell.output(out, call.hidden_BTD)
+
+
+def _total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("btgrf,bgfv->btgrv", q, torch.einsum("btgf,btgv->bgfv", k, v))
+
+
+def _scans(q: Tensor, k: Tensor, v: Tensor, log_BTG: Tensor) -> Tensor:
+    """Forward and backward scan, the own token once. `log_BTG` is 0 at filler, which comes last in every row."""
+    ahead = additive_chunk(q, k, v, _late(log_BTG))[0]
+    back = additive_chunk(q.flip(1), k.flip(1), v.flip(1), _late(log_BTG.flip(1)))[0].flip(1)
+    own = (q * k.unsqueeze(3)).sum(-1, keepdim=True) * v.unsqueeze(3)
+    return ahead + back - own
+
+
+def _late(log_BTG: Tensor) -> Tensor:
+    """Decays one step later: what a token writes fades by its own decay first."""
+    return torch.cat([torch.zeros_like(log_BTG[:, :1]), log_BTG[:, :-1]], 1)
+
+
+def _competition(q: Tensor, k_raw: Tensor, on: Tensor, n: Tensor) -> Tensor:
+    """RALA: alpha_j = n softmax_j(mean phi(q) . k_j / sqrt(K)), [B, T, G, 1]."""
+    mean = (q.mean(3) * on[..., None, None]).sum(1) / n[:, None, None]
+    logit = torch.einsum("bgk,btgk->btg", mean, k_raw) / k_raw.shape[-1] ** 0.5
+    return (logit.masked_fill(~on[..., None], NOTHING).softmax(1) * n[:, None, None]).unsqueeze(-1)
+
+
+def _flow(q: Tensor, k: Tensor, on: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Flow-Attention: (I^ [B, T, G, R], c [B, T, G, 1]), sums over all tokens, in mean form as the causal one."""
+    mask, n3 = on[..., None, None].float(), n[:, None, None]
+    q_mean, k_mean = (q.mean(3) * mask).sum(1) / n3, k.sum(1) / n3
+    incoming = torch.einsum("btgrf,bgf->btgr", q, k_mean).clamp_min(TINY)
+    outgoing = torch.einsum("btgf,bgf->btg", k, q_mean).clamp_min(TINY)
+    allocation = torch.einsum("btgrf,bgf->btgr", q, (k / outgoing.unsqueeze(-1)).sum(1) / n3)
+    flow = ((q / incoming.unsqueeze(-1)).mean(3) * mask).sum(1) / n3
+    competing = torch.einsum("btgf,bgf->btg", k, flow).clamp(-1, 1)
+    weight = competing.masked_fill(~on[..., None], NOTHING).softmax(1) * n3
+    return allocation, weight.unsqueeze(-1)
