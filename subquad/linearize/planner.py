@@ -134,7 +134,7 @@ def _layer(f: Found, mixer: str, window: int, sinks: int, kept: tuple[int, ...] 
         return replace(row, why="kept exact")
     if _own(f) and not named:
         return replace(row, why=f"the teacher runs {f.kind if f.window is None else f'a window of {f.window}'} here")
-    problem = _refusal(f)
+    problem = _refusal(f, mixer)
     if problem:
         return replace(row, why=_REFUSED + problem)
     if f.window is not None:
@@ -151,7 +151,7 @@ def _refusals(rows: list[LayerPlan], model_type: str) -> list[str]:
     return [f"Layer{'s' * (len(which) > 1)} {_ranges(sorted(which))} of {model_type!r}: {why}" for why, which in layers.items()]
 
 
-def _refusal(f: Found) -> str:
+def _refusal(f: Found, mixer: str) -> str:
     """Why no mixer can stand here; nothing if one can."""
     refused = [a for a in f.arguments if a in REFUSED or (a in f.tensors and a not in HONOURED | HARMLESS)]
     if refused:

@@ -109,7 +109,9 @@ def _clashes(name: str, p: dict[str, Any]) -> list[str]:
         )
     if write.corrects:
         if not p["feature_map"].startswith("unit") and p["feature_map"] != "silu_unit":
-            found.append(f"mixer {name!r}: write {p['write']} needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}.")
+            found.append(
+                f"mixer {name!r}: write {p['write']} needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}."
+            )
         if joint:
             found.append(f"mixer {name!r}: write {p['write']} goes with combine gated, added or alone, not {p['combine']}.")
         if p["container"] == "partitions" or p["key_weight"] != "none":

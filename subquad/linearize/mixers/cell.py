@@ -406,7 +406,9 @@ def _additive(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: Tensor
     return y.unflatten(2, q_BTGRF.shape[2:4]), state
 
 
-def _delta(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, beta_BTG: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+def _delta(
+    q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, beta_BTG: Tensor, log_decay: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same of op `delta`."""
     y, state = delta(q_BTGRF.flatten(2, 3), k_BTGF, v_BTGV, beta_BTG, log_decay, initial_state=state, output_final_state=True)
     return y.unflatten(2, q_BTGRF.shape[2:4]), state
