@@ -22,7 +22,8 @@ from subquad.evals import evaluate
 from subquad.healing import heal
 from subquad.inputs import Teacher, read_documents
 from subquad.linearize import linearize, plan, restore
-from subquad.linearize.mixers import MIXERS, causal, mixer_class
+from subquad.linearize.mixers import causal
+from subquad.linearize.mixers.describe import constant
 from subquad.progress import Reporter
 from subquad.recipe import Recipe, load_recipe
 from subquad.settings import validate
@@ -31,14 +32,8 @@ CONTEXT = 32768  # tokens at which bytes are counted
 COLUMNS = ("preset", "perplexity", "repeat", "state bytes", "parameters added", "train tokens/s")
 
 
-def constant(name: str, window: int) -> bool:
-    """The preset's memory does not grow with the text."""
-    preset = MIXERS[name]
-    return mixer_class(name).kept_tokens(10**9, window, 0, **preset.pieces)[0] <= window
-
-
-def presets(only: str | None, window: int) -> list[str]:
-    known = [name for name in causal() if constant(name, window)]
+def presets(only: str | None) -> list[str]:
+    known = [name for name in causal() if constant(name)]
     return known if only is None else [name for name in known if name in only.split(",")]
 
 
@@ -104,7 +99,7 @@ def main() -> None:
     model, kept = teacher.fresh().eval(), arguments.out / "rows.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
     done = {row["preset"] for row in rows}
-    for name in ["teacher", *presets(arguments.only, arguments.window)]:
+    for name in ["teacher", *presets(arguments.only)]:
         if name in done:
             continue
         if name == "teacher":

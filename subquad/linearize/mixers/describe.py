@@ -24,12 +24,18 @@ CONTAINERS = {
 
 
 def rows() -> list[dict[str, Any]]:
-    """One dict per preset: name, seeds, about, paper, directions, needs, exact."""
+    """One dict per preset: name, seeds, about, paper, directions, memory (constant, or it grows with the text), needs, exact."""
     found = []
     for name, preset in MIXERS.items():
         row = {"name": name, "seeds": preset.seeds.split(), "about": preset.about, "paper": preset.paper}
-        found.append(row | {"directions": list(preset.directions), "needs": preset.needs, "exact": preset.exact})
+        row |= {"directions": list(preset.directions), "memory": "constant" if constant(name) else "grows"}
+        found.append(row | {"needs": preset.needs, "exact": preset.exact})
     return found
+
+
+def constant(name: str) -> bool:
+    """What the mixer remembers does not grow with the text: it can keep to a budget of key/value bytes."""
+    return mixer_class(name).kept_tokens(10**9, 64, 4, **MIXERS[name].pieces)[0] <= 64
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -69,4 +75,4 @@ def state_bytes(name: str, shape: HeadShape) -> int:
     return mixer_class(name).memory_bytes(shape, **MIXERS[name].pieces)
 
 
-__all__ = ["causal", "describe", "formula", "rows", "state_bytes"]
+__all__ = ["causal", "constant", "describe", "formula", "rows", "state_bytes"]

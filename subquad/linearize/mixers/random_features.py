@@ -46,7 +46,9 @@ class Favor(nn.Module):
 
     def forward(self, x: Tensor, position_BT: Tensor | None = None) -> Tensor:
         x = x.float() * self.scale
-        return x @ self.omega_MK.float().T - x.square().sum(-1, keepdim=True) / 2 - math.log(self.omega_MK.shape[0]) / 2
+        # A copy: a buffer mapped from a file may lie off the boundaries of vector units, where products round otherwise.
+        omega = self.omega_MK.float().clone()
+        return x @ omega.T - x.square().sum(-1, keepdim=True) / 2 - math.log(self.omega_MK.shape[0]) / 2
 
 
 class Mixture(nn.Module):
