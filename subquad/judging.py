@@ -10,6 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from subquad.distill.data import Tokens, load_documents
 from subquad.errors import UserError
 from subquad.evals import TASKS
@@ -119,6 +122,21 @@ def compare(first: str | Path, second: str | Path) -> list[dict[str, Any]]:
     if not found:
         raise UserError(f"{first} and {second} share no model, metric and setting, so there is nothing to compare. Run both with the same tasks.")
     return found
+
+
+def render(rows: list[dict[str, Any]], console: Console) -> None:
+    """The comparison as a table; a star marks what is more than two standard errors."""
+    table = Table(caption="± is the standard error of the change; better or worse: by more than two of them")
+    for column in ("metric", "setting", "model", "before", "after", "change", ""):
+        table.add_column(column, justify="left" if column in ("metric", "setting", "model", "") else "right")
+    for row in rows:
+        metric = METRICS.get(row["metric"])
+        text = metric.text if metric else "{:.4g}".format
+        change = f"{row['difference']:+.4g}" + (f" ± {row['stderr']:.2g} ({row['how']})" if row["stderr"] is not None else "")
+        verdict = {True: "better", False: "worse", None: ""}[row["better"]]
+        title = metric.title if metric else row["metric"]
+        table.add_row(title, row["setting"], row["model"], text(row["before"]), text(row["after"]), change, verdict)
+    console.print(table)
 
 
 def _better(metric: str, gap: float, error: float | None) -> bool | None:

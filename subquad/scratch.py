@@ -8,20 +8,21 @@ Key: B batch, T tokens, V letters.
 import inspect
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from subquad.errors import UserError
-from subquad.evals.rows import Row, row
+from subquad.errors import UserError, raise_all
+from subquad.evals.rows import Row, arrange, row
 from subquad.evals.synthetic import NO_LABEL, TOKEN_TASKS, Batch, token_task
 from subquad.linearize import linearize, plan
 from subquad.linearize.mixers import MIXERS
 from subquad.progress import Reporter
-from subquad.registry import check_name, lookup
+from subquad.registry import check_name, lookup, nearest
+from subquad.settings import apply_sets
 
 SOFTMAX = "softmax"  # the name of the model that is left as it is
 VOCABULARY = 256  # ids a token task may use
@@ -88,6 +89,29 @@ def train_mixer(
     return rows
 
 
+def train_mixers(names: list[str], task: str, sets: list[str], report: Reporter) -> list[Row]:
+    """Rows of several mixers, the first the reference. sets: task.KEY, train.KEY (Budget) and options.KEY (of every mixer but softmax)."""
+    given = apply_sets({}, sets)
+    known = [field.name for field in fields(Budget)]
+    problems = [f"{key}: expected task.KEY, train.KEY or options.KEY." for key in given if key not in ("task", "train", "options")]
+    for key, value in (given.get("train") or {}).items():
+        if key not in known:
+            problems.append(f"train.{key}: no such setting.{nearest(key, known)} Settings: {', '.join(known)}.")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            problems.append(f"train.{key}: expected a number, got {value!r}.")
+    for name in names:
+        try:
+            check_name("mixer", name, [SOFTMAX, *MIXERS])
+        except UserError as error:
+            problems += error.problems
+    raise_all(problems or ([] if names else ["Give at least one mixer."]))
+    budget, rows = Budget(**given.get("train", {})), []
+    for name in names:
+        options = given.get("options") if name not in (SOFTMAX, "window") else None
+        rows += train_mixer(name, task, settings=given.get("task"), options=options, budget=budget, report=report)
+    return arrange(rows, names)
+
+
 def build(name: str, options: dict[str, Any] | None, budget: Budget, length: int) -> tuple[PreTrainedModel, int]:
     """(a fresh model, bytes its converted layers keep of `length` tokens of one sequence; for softmax, its keys and values)."""
     if budget.hidden % budget.heads:
@@ -96,7 +120,7 @@ def build(name: str, options: dict[str, Any] | None, budget: Budget, length: int
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=budget.hidden, intermediate_size=2 * budget.hidden, num_hidden_layers=budget.layers,
         num_attention_heads=budget.heads, num_key_value_heads=budget.heads, max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, initializer_range=budget.hidden**-0.5 / 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attention_bias=True, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, initializer_range=budget.hidden**-0.5 / 2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if name == SOFTMAX:

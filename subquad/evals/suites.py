@@ -69,8 +69,8 @@ def named(names: Sequence[str], folder: str | Path | None) -> dict[str, dict[str
         elif name.startswith("lm_eval:") or name in _harness_names():
             tasks.setdefault("lm_eval", {"tasks": []})["tasks"].append(name.removeprefix("lm_eval:"))
         else:
-            known = [*TASKS, *_local(folder), *_harness_names()]
-            where = f" Files in {folder}: {', '.join(_local(folder))}." if _local(folder) else " Give --benchmarks FOLDER for tasks from files."
+            known = [*TASKS, *local_names(folder), *_harness_names()]
+            where = f" Files in {folder}: {', '.join(local_names(folder))}." if local_names(folder) else " Give --benchmarks FOLDER for tasks from files."
             problems.append(f"Unknown eval task {name!r}.{nearest(name, known)} Known: {', '.join(TASKS)}.{where}")
     raise_all(problems)
     if not tasks:
@@ -95,7 +95,8 @@ def _path(name: str, folder: str | Path | None) -> Path | None:
     return None
 
 
-def _local(folder: str | Path | None) -> list[str]:
+def local_names(folder: str | Path | None) -> list[str]:
+    """Files and folders in a benchmarks folder, without suffixes."""
     place = Path(folder).expanduser() if folder is not None else None
     return sorted({stem(path) for path in place.iterdir() if not path.name.startswith(".")}) if place is not None and place.is_dir() else []
 
