@@ -27,7 +27,9 @@ def main(seed: int = 0) -> None:
     table.render(arrange(rows, list(MIXERS)), Console(width=160))
     for row in rows:
         if "beyond" in row["setting"]:
-            print(f"{row['model']:14} {row['value']:7.2%} ± {row['stderr']:.2%} (chance {row['chance']:.2%}), {row['state_bytes']:,} bytes, {row['steps']} steps")
+            print(
+                f"{row['model']:14} {row['value']:7.2%} ± {row['stderr']:.2%} (chance {row['chance']:.2%}), {row['state_bytes']:,} bytes, {row['steps']} steps"
+            )
     print(f"{time.monotonic() - started:.0f} s")
 
 

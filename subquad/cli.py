@@ -210,7 +210,8 @@ def evaluate(
     ] = None,
     suite: Annotated[str | None, typer.Option("--suite", help="A ready choice of tasks: standard, quick, recall.")] = None,
     benchmarks: Annotated[
-        str | None, typer.Option("--benchmarks", envvar="SUBQUAD_BENCHMARKS", help="The folder in which --tasks and --suite look for files.")
+        str | None,
+        typer.Option("--benchmarks", envvar="SUBQUAD_BENCHMARKS", help="The folder in which --tasks and --suite look for files."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Items of each file or task, from its start.")] = None,
     models: Annotated[str | None, typer.Option("--models", help="Which of teacher,window,student to measure.")] = None,
@@ -240,7 +241,9 @@ def evaluate(
 
 @command(eval_app, "tasks")
 def eval_tasks(
-    benchmarks: Annotated[str | None, typer.Option("--benchmarks", envvar="SUBQUAD_BENCHMARKS", help="A folder with evaluation files.")] = None,
+    benchmarks: Annotated[
+        str | None, typer.Option("--benchmarks", envvar="SUBQUAD_BENCHMARKS", help="A folder with evaluation files.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Names for --tasks and --suite."""
@@ -272,7 +275,8 @@ def eval_mixer(
     names: Annotated[str, typer.Argument(metavar="NAMES", help="Mixers with commas; softmax is the model left as it is.")],
     task: Annotated[str, typer.Option("--task", help="mqar, copying, selective_copying or induction.")] = "mqar",
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="task.pairs=8, train.steps=500, options.feature_map=... Repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="task.pairs=8, train.steps=500, options.feature_map=... Repeatable."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -315,7 +319,9 @@ def eval_diagnose(
 def write_report(
     run: Annotated[Path, typer.Argument(help="A run folder, as `subquad run` writes it.")],
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file; RUN/report.html if not given.")] = None,
-    evals: Annotated[Path | None, typer.Option("--evals", help="A folder of `subquad eval --out`; RUN/evals if not given and there.")] = None,
+    evals: Annotated[
+        Path | None, typer.Option("--evals", help="A folder of `subquad eval --out`; RUN/evals if not given and there.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """One self-contained HTML page about a run (no network), and the student's model card with its numbers."""

@@ -39,7 +39,9 @@ DEAD = 1e-3  # share of a layer's output norm below which a linear branch does n
 SAME = 1e-2  # largest difference of log-probabilities between two ways to compute the same thing in fp32; broken students are off by whole nats
 
 
-def diagnose_folder(folder: Path, data: list[str], teacher: str | None, sets: list[str], out: Path | None, report: Reporter) -> dict[str, Any]:
+def diagnose_folder(
+    folder: Path, data: list[str], teacher: str | None, sets: list[str], out: Path | None, report: Reporter
+) -> dict[str, Any]:
     """Open a student and diagnose it; {"rows": [...], "findings": [sentences]}, written to out/diagnosis.json if `out` is given."""
     settings = checked(apply_sets({}, sets))
     documents = load_documents(data)
@@ -60,7 +62,11 @@ def checked(given: dict[str, Any]) -> dict[str, int]:
 
 
 def diagnose(
-    student: PreTrainedModel, tokens: Tensor, teacher: PreTrainedModel | None, settings: dict[str, int] | None = None, report: Reporter | None = None
+    student: PreTrainedModel,
+    tokens: Tensor,
+    teacher: PreTrainedModel | None,
+    settings: dict[str, int] | None = None,
+    report: Reporter | None = None,
 ) -> dict[str, Any]:
     """{"rows": rows of evals/rows.py, "findings": what looks broken, in words}. tokens: [N] ids of any text."""
     settings, report = {**SETTINGS, **(settings or {})}, report or Reporter()
@@ -68,7 +74,9 @@ def diagnose(
         raise UserError("This model has no converted layers: there is nothing to diagnose.")
     need = max(settings["context"] * settings["windows"], settings["maps"], settings["repeat"])
     if len(tokens) < need:
-        raise UserError(f"diagnose needs {need} tokens of text; the text has {len(tokens)}. Give more --data, or lower context, windows, repeat or maps.")
+        raise UserError(
+            f"diagnose needs {need} tokens of text; the text has {len(tokens)}. Give more --data, or lower context, windows, repeat or maps."
+        )
     report.line("Checks")
     findings = checks(student, tokens, settings)
     report.line("Branches and attention maps")
@@ -103,7 +111,9 @@ def ablations(student: PreTrainedModel, tokens: Tensor, settings: dict[str, int]
         base = next(entry["value"] for entry in found if entry["model"] == "student")
         for entry in found:
             what = "nothing taken away" if entry["model"] == "student" else entry["model"]
-            made = row("student", metric, f"{what}, {entry['setting']}", math.nan if entry["value"] is None else entry["value"], branch=what)
+            made = row(
+                "student", metric, f"{what}, {entry['setting']}", math.nan if entry["value"] is None else entry["value"], branch=what
+            )
             rows.append({**made, "ratio": None if entry["value"] is None or not base else entry["value"] / base})
         report.line("  " + ", ".join(f"{entry['model']} {entry['value']:.4g}" for entry in found if entry["value"] is not None))
     return rows
@@ -143,7 +153,9 @@ def branches(student: PreTrainedModel, tokens: Tensor, settings: dict[str, int])
             call, out = seen.calls[seam.index], seen.outputs[seam.index].float()
             if type(seam.module.mixer) is not Window:
                 share = linear_share(seam, call, out)
-                rows.append(row("student", "branch_share", f"linear branch, layer {seam.index}, {len(ids_1T[0])} tokens", share, layer=seam.index))
+                rows.append(
+                    row("student", "branch_share", f"linear branch, layer {seam.index}, {len(ids_1T[0])} tokens", share, layer=seam.index)
+                )
                 if share < DEAD:
                     dead.append(seam.index)
             rows += _map_rows(seam, call)
@@ -253,7 +265,9 @@ def _windows(model: PreTrainedModel, ids_1T: Tensor) -> list[str]:
     for seam in seen.seams:
         layer, mixer = planned[seam.index], seam.module.mixer
         if (mixer.window, mixer.sinks) != (layer.window, layer.sinks):
-            found.append(f"layer {seam.index} runs with window {mixer.window} and {mixer.sinks} sinks, the plan says {layer.window} and {layer.sinks}")
+            found.append(
+                f"layer {seam.index} runs with window {mixer.window} and {mixer.sinks} sinks, the plan says {layer.window} and {layer.sinks}"
+            )
             continue
         weights = effective_map(mixer if type(mixer) is Window else window_of(seam), seen.calls[seam.index])
         if weights is None:

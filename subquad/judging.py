@@ -89,7 +89,9 @@ def judge_folder(
             about = {"model": name, "models": {who: answers.mark(model) for who, model in models.items()}, "tasks": tasks,
                      "text_sha256": tokens.sha256, "overlap": files, "versions": versions()}  # fmt: skip
             for entry, value in ((ITEMS, answers.items), (ABOUT, about), (RESULTS, rows)):
-                write_text(out / entry, json.dumps(value, indent=1 if value is not answers.items else None, ensure_ascii=False, default=str) + "\n")
+                write_text(
+                    out / entry, json.dumps(value, indent=1 if value is not answers.items else None, ensure_ascii=False, default=str) + "\n"
+                )
     finally:
         answers.close()
     return rows
@@ -120,7 +122,9 @@ def compare(first: str | Path, second: str | Path) -> list[dict[str, Any]]:
         found.append({"model": row["model"], "metric": row["metric"], "setting": row["setting"], "before": before[same]["value"],
                       "after": row["value"], "difference": gap, "stderr": error, "how": how, "better": _better(row["metric"], gap, error)})  # fmt: skip
     if not found:
-        raise UserError(f"{first} and {second} share no model, metric and setting, so there is nothing to compare. Run both with the same tasks.")
+        raise UserError(
+            f"{first} and {second} share no model, metric and setting, so there is nothing to compare. Run both with the same tasks."
+        )
     return found
 
 

@@ -122,7 +122,8 @@ def build(name: str, options: dict[str, Any] | None, budget: Budget, length: int
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=budget.hidden, intermediate_size=2 * budget.hidden, num_hidden_layers=budget.layers,
         num_attention_heads=budget.heads, num_key_value_heads=budget.heads, max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attention_bias=True, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, initializer_range=budget.hidden**-0.5 / 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attention_bias=True,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, initializer_range=budget.hidden**-0.5 / 2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if name == SOFTMAX:

@@ -173,7 +173,9 @@ def open_student(name: Path) -> tuple[PreTrainedModel, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name} has no tokenizer that can be opened. Copy the teacher's tokenizer files into it, or save the student again.") from error
+        raise UserError(
+            f"{name} has no tokenizer that can be opened. Copy the teacher's tokenizer files into it, or save the student again."
+        ) from error
     return hub.load(name), tokenizer
 
 

@@ -149,7 +149,9 @@ def test_full_disk_keeps_earlier_results(place, tmp_path):
 
 
 def test_a_model_alone(place, teacher_folder):
-    code, stdout, stderr = call("eval", teacher_folder, "--tasks", "quiz", "--benchmarks", place / "bench", "--data", place / "novel.txt", "--json")
+    code, stdout, stderr = call(
+        "eval", teacher_folder, "--tasks", "quiz", "--benchmarks", place / "bench", "--data", place / "novel.txt", "--json"
+    )
     assert code == 0, stderr
     assert {row["model"] for row in json.loads(stdout)} == {"model"}
 
@@ -160,5 +162,3 @@ def test_damaged_answers_are_named(tmp_path):
     (tmp_path / "answers.jsonl").write_text('["a", 1]\nnonsense\n["b", 2]\n')
     with pytest.raises(UserError, match="line 2: damaged"):
         Answers(tmp_path)
-
-

@@ -16,7 +16,9 @@ QUESTION = "Which of these rivers runs through the old town, past the mill and o
 
 def test_copy_is_found_and_chance_is_not():
     train = [helpers.words(300), f"# Quiz\n\n* {QUESTION.upper()}?\n", helpers.words(300, 1)]
-    found = {entry["set"]: entry for entry in leakage.overlap(train, {"quiz": [QUESTION, helpers.words(40, 7)], "other": [helpers.words(40, 8)]})}
+    found = {
+        entry["set"]: entry for entry in leakage.overlap(train, {"quiz": [QUESTION, helpers.words(40, 7)], "other": [helpers.words(40, 8)]})
+    }
     assert found["quiz"]["overlapping_items"] == 1 and 0 < found["quiz"]["share"] < 1
     assert found["other"]["share"] == 0 and found["other"]["sha256"] == leakage.sha256([helpers.words(40, 8)])
 
@@ -42,7 +44,7 @@ def test_guard_reads_the_files_of_tasks(tmp_path):
 def test_recipe_that_judges_on_its_training_text_is_refused(tmp_path, teacher_folder, text_file):
     data = {"train": str(text_file), "eval": str(text_file)}
     recipe = load_recipe(write_recipe(tmp_path / "mine.yaml", tiny_recipe(teacher_folder, text_file, data=data)))
-    with pytest.raises(UserError, match="held-out text .* stand in the training text"):
+    with pytest.raises(UserError, match=r"held-out text .* stand in the training text"):
         run.run(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -47,7 +47,7 @@ class Answers:
                         raise UserError(f"{path}, line {number}: damaged. Delete that line, or choose another --out.") from None
                     self._known[key] = value
                     whole += len(line)
-        self._file = open(path, "ab")  # noqa: SIM115 - held as long as the eval runs
+        self._file = open(path, "ab")  # held as long as the eval runs
         self._file.truncate(whole)
 
     def __len__(self) -> int:

@@ -23,7 +23,14 @@ Names = str | Sequence[str]
 
 
 def choice(
-    models: Models, tokens: Tensor, *, tokenizer: Any, answers: Answers, files: Names = (), folder: str | None = None, limit: int | None = None
+    models: Models,
+    tokens: Tensor,
+    *,
+    tokenizer: Any,
+    answers: Answers,
+    files: Names = (),
+    folder: str | None = None,
+    limit: int | None = None,
 ) -> list[Row]:
     """Metrics accuracy and accuracy_norm of each of `files` (kind choice of local.py), over its first `limit` items (None: all).
 
@@ -41,13 +48,22 @@ def choice(
         logprobs = _per_item(score_all(models, requests, answers), items)
         more = {"chance": chance, "task": stem(path), "of": len(read_choice(path))}
         for metric, lengths in (("accuracy", False), ("accuracy_norm", True)):
-            scores = {name: [correct(item, found, lengths) for item, found in zip(items, per, strict=True)] for name, per in logprobs.items()}
+            scores = {
+                name: [correct(item, found, lengths) for item, found in zip(items, per, strict=True)] for name, per in logprobs.items()
+            }
             rows += paired_rows(metric, setting, scores, answers, **more)
     return rows
 
 
 def pairs(
-    models: Models, tokens: Tensor, *, tokenizer: Any, answers: Answers, files: Names = (), folder: str | None = None, limit: int | None = None
+    models: Models,
+    tokens: Tensor,
+    *,
+    tokenizer: Any,
+    answers: Answers,
+    files: Names = (),
+    folder: str | None = None,
+    limit: int | None = None,
 ) -> list[Row]:
     """Metrics accuracy over all `files` (kind pairs of local.py: BLiMP) and accuracy_by_paradigm of each of several: the good sentence is the more
     likely one. `limit` pairs of each file. A sentence starts after the prefix token and a space. Chance 1/2."""
@@ -56,7 +72,9 @@ def pairs(
         return []
     every = [pair for items in sets.values() for pair in items]
     found = score_all(models, [pair_request(tokenizer, "", f" {text}") for pair in every for text in pair], answers)
-    right = {name: [float(good[0].logprob >= bad[0].logprob) for good, bad in zip(s[::2], s[1::2], strict=True)] for name, s in found.items()}
+    right = {
+        name: [float(good[0].logprob >= bad[0].logprob) for good, bad in zip(s[::2], s[1::2], strict=True)] for name, s in found.items()
+    }
     paradigms = f"{len(sets)} paradigms" if len(sets) > 1 else stem(next(iter(sets)))
     of = sum(len(read_pairs(path)) for path in sets)
     rows = paired_rows("accuracy", f"BLiMP, {paradigms}, {len(every)} of {of} pairs", right, answers, chance=0.5, task="blimp", of=of)

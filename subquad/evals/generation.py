@@ -43,7 +43,9 @@ def generation(
     rows = paired_rows("repetition", setting, {name: [repetition(ids) for ids in found] for name, found in written.items()}, answers)
     same = {name: [_same(a, b) / new_tokens for a, b in zip(found, written[reference], strict=True)] for name, found in written.items()}
     rows += paired_rows("same_text", setting, same, answers)
-    apart = {name: [_apart(models[reference], models[name], ids, own) for ids, own in zip(starts, written[name], strict=True)] for name in others}
+    apart = {
+        name: [_apart(models[reference], models[name], ids, own) for ids, own in zip(starts, written[name], strict=True)] for name in others
+    }
     for index, (metric, perfect) in enumerate((("free_running_kl", 0.0), ("free_running_agreement", 1.0))):
         scores = {reference: [perfect] * prompts, **{name: [pair[index] for pair in found] for name, found in apart.items()}}
         rows += paired_rows(metric, setting, scores, answers)

@@ -63,7 +63,9 @@ def harness_model(name: str, opener, tokenizer: Any, answers: Answers | None = N
             )
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-            return tokenizer.encode(string) if add_special_tokens is None else tokenizer.encode(string, add_special_tokens=add_special_tokens)
+            return (
+                tokenizer.encode(string) if add_special_tokens is None else tokenizer.encode(string, add_special_tokens=add_special_tokens)
+            )
 
         def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             pairs = [encode_pair(tokenizer, *request.args) for request in requests]
@@ -101,7 +103,9 @@ def harness_model(name: str, opener, tokenizer: Any, answers: Answers | None = N
     return InMemory()
 
 
-def run_harness(models: Models, tokenizer: Any, tasks: Sequence[Any], answers: Answers, limit: int | None = None, **settings: Any) -> dict[str, Any]:
+def run_harness(
+    models: Models, tokenizer: Any, tasks: Sequence[Any], answers: Answers, limit: int | None = None, **settings: Any
+) -> dict[str, Any]:
     """model name -> what lm_eval.simple_evaluate returns for `tasks` (names, or task objects of lm_eval). settings go to simple_evaluate."""
     if not installed():
         raise UserError(NEEDED)
@@ -115,7 +119,14 @@ def run_harness(models: Models, tokenizer: Any, tasks: Sequence[Any], answers: A
 
 
 def lm_eval(
-    models: Models, tokens: Tensor, *, tokenizer: Any, answers: Answers, tasks: str | Sequence[str] = (), limit: int | None = None, shots: int | None = None
+    models: Models,
+    tokens: Tensor,
+    *,
+    tokenizer: Any,
+    answers: Answers,
+    tasks: str | Sequence[str] = (),
+    limit: int | None = None,
+    shots: int | None = None,
 ) -> list[Row]:
     """Every metric lm-evaluation-harness reports for `tasks`, over the first `limit` items of each (None: all). Data sets come from the hub, or
     from where the task's own configuration says; UserError when they cannot be reached."""
@@ -133,7 +144,9 @@ def lm_eval(
         found = run_harness(models, tokenizer, names, answers, limit, num_fewshot=shots)
     except (ConnectionError, FileNotFoundError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"lm_eval: the data of {', '.join(names)} cannot be had: {first} Without a network, give local files instead.") from error
+        raise UserError(
+            f"lm_eval: the data of {', '.join(names)} cannot be had: {first} Without a network, give local files instead."
+        ) from error
     return _rows(found)
 
 
@@ -162,7 +175,9 @@ def _rows(found: Mapping[str, Any]) -> list[Row]:
                 error = values.get(label.replace(metric, f"{metric}_stderr", 1))
                 error = error if isinstance(error, float) else more.pop("stderr", None)
                 more.pop("stderr", None)
-                rows.append(row(name, "lm_eval", f"{task} {label}, {items} items", float(value), task=task, n=items or 0, stderr=error, **more))
+                rows.append(
+                    row(name, "lm_eval", f"{task} {label}, {items} items", float(value), task=task, n=items or 0, stderr=error, **more)
+                )
     return rows
 
 

@@ -92,7 +92,12 @@ def kind_of(path: Path) -> str:
 def read_choice(path: Path) -> list[Choice]:
     def check(row: dict[str, Any]) -> Choice | str:
         query, choices, gold = (row.get(field) for field in FIELDS["choice"])
-        if not isinstance(query, str) or not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        if (
+            not isinstance(query, str)
+            or not isinstance(choices, list)
+            or len(choices) < 2
+            or not all(isinstance(c, str) and c for c in choices)
+        ):
             return "expected query (text) and choices (at least two texts)"
         if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
             return f"gold {gold!r} is not an index of its {len(choices)} choices"
@@ -127,7 +132,9 @@ def read_mmlu(path: Path) -> list[Choice]:
         answer = cells[-1].strip()
         gold = LETTERS.find(answer.upper()) if answer.isalpha() else int(answer) if answer.isdigit() else -1
         if len(cells) != 6 or not 0 <= gold < 4:
-            broken.append((number, f"expected question, four choices and an answer 0-3 or A-D, got {len(cells)} cells ending in {answer!r}"))
+            broken.append(
+                (number, f"expected question, four choices and an answer 0-3 or A-D, got {len(cells)} cells ending in {answer!r}")
+            )
         else:
             items.append(Choice(cells[0], tuple(cells[1:5]), gold))
     return _whole(path, items, broken)

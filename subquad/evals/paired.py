@@ -46,7 +46,9 @@ def solvable(reference: Sequence[float], chance: float) -> bool:
     return mean(reference) > chance + SURE * error
 
 
-def paired_rows(metric: str, setting: str, scores: Mapping[str, Sequence[float]], answers: Answers, *, chance: float = 0.0, **more: Any) -> list[Row]:
+def paired_rows(
+    metric: str, setting: str, scores: Mapping[str, Sequence[float]], answers: Answers, *, chance: float = 0.0, **more: Any
+) -> list[Row]:
     """One row per model from its score for every item; the first model is the reference. The scores go to answers.items."""
     names = list(scores)
     first = list(scores[names[0]]) if names else []

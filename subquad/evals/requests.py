@@ -72,7 +72,9 @@ def rolling_requests(ids: Sequence[int], prefix: int, longest: int) -> list[Requ
     return requests
 
 
-def score_all(models: Models, requests: Sequence[Request], answers: Answers, batch_tokens: int = BATCH_TOKENS) -> dict[str, list[list[Scored]]]:
+def score_all(
+    models: Models, requests: Sequence[Request], answers: Answers, batch_tokens: int = BATCH_TOKENS
+) -> dict[str, list[list[Scored]]]:
     """model name -> for every request, what each of its spans scored. Equal requests are asked once; known answers are not asked again."""
     return {name: score(name, opener, requests, answers, batch_tokens) for name, opener in models.items()}
 
@@ -150,7 +152,14 @@ def _score_batch(model: PreTrainedModel, head: _Head, batch: list[Request]) -> l
 
 
 def generate(
-    name: str, opener, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stops: Sequence[str], answers: Answers, batch: int = 8
+    name: str,
+    opener,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    stops: Sequence[str],
+    answers: Answers,
+    batch: int = 8,
 ) -> list[str]:
     """Greedy continuations as text, cut before the first of `stops`. Prompts are batched with padding on the left; each model runs with its own
     cache (recurrent where it is)."""
@@ -166,13 +175,17 @@ def generate(
     return [answers.get(keys[tuple(prompt)]) for prompt in prompts]
 
 
-def _generate_batch(model: PreTrainedModel, tokenizer: Any, prompts: list[tuple[int, ...]], new_tokens: int, stops: Sequence[str]) -> list[str]:
+def _generate_batch(
+    model: PreTrainedModel, tokenizer: Any, prompts: list[tuple[int, ...]], new_tokens: int, stops: Sequence[str]
+) -> list[str]:
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids_BT = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     more = {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
-    out = model.generate(input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, **more)
+    out = model.generate(
+        input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, **more
+    )
     texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
     return [cut(text, stops) for text in texts]
 

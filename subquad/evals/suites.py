@@ -70,7 +70,11 @@ def named(names: Sequence[str], folder: str | Path | None) -> dict[str, dict[str
             tasks.setdefault("lm_eval", {"tasks": []})["tasks"].append(name.removeprefix("lm_eval:"))
         else:
             known = [*TASKS, *local_names(folder), *_harness_names()]
-            where = f" Files in {folder}: {', '.join(local_names(folder))}." if local_names(folder) else " Give --benchmarks FOLDER for tasks from files."
+            where = (
+                f" Files in {folder}: {', '.join(local_names(folder))}."
+                if local_names(folder)
+                else " Give --benchmarks FOLDER for tasks from files."
+            )
             problems.append(f"Unknown eval task {name!r}.{nearest(name, known)} Known: {', '.join(TASKS)}.{where}")
     raise_all(problems)
     if not tasks:

@@ -59,9 +59,7 @@ def copying(generator: Generator, batch: int, *, length: int = 24, gap: int = 16
     return _copied(generator, batch, length, gap, letters, noise=0)
 
 
-def selective_copying(
-    generator: Generator, batch: int, *, length: int = 12, noise: int = 24, gap: int = 16, letters: int = 32
-) -> Batch:
+def selective_copying(generator: Generator, batch: int, *, length: int = 12, noise: int = 24, gap: int = 16, letters: int = 32) -> Batch:
     """As copying, with `noise` blanks at random places among the letters, which are to be left out. Chance 1 / letters."""
     return _copied(generator, batch, length, gap, letters, noise)
 
@@ -89,7 +87,9 @@ def token_task(name: str, settings: dict[str, Any]):
     """draw(generator, batch) -> Batch of the task called `name`. UserError names unknown tasks and settings and impossible values."""
     task = lookup("token task", name, TOKEN_TASKS)
     known = [key for key, value in inspect.signature(task).parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY]
-    problems = [f"{name}.{key}: no such setting.{nearest(key, known)} Settings: {', '.join(known)}." for key in settings if key not in known]
+    problems = [
+        f"{name}.{key}: no such setting.{nearest(key, known)} Settings: {', '.join(known)}." for key in settings if key not in known
+    ]
     if problems:
         raise UserError(*problems)
     for key, value in settings.items():

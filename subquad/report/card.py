@@ -42,4 +42,6 @@ def _table(models: list[str], rows: list[dict[str, Any]]) -> str:
     cells = {(row["metric"], row["setting"], row["model"]): shown(row) for row in rows}
     lines = dict.fromkeys((row["metric"], row["setting"]) for row in rows)
     head = f"## Results\n\n| metric | setting | {' | '.join(models)} |\n|---|---|{'---|' * len(models)}"
-    return "\n".join([head, *(f"| {METRICS[m].title} | {s} | {' | '.join(cells.get((m, s, model), '') for model in models)} |" for m, s in lines)])
+    return "\n".join(
+        [head, *(f"| {METRICS[m].title} | {s} | {' | '.join(cells.get((m, s, model), '') for model in models)} |" for m, s in lines)]
+    )

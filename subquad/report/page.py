@@ -45,7 +45,9 @@ def render(facts: Facts) -> str:
     template = (resources.files("subquad.report") / "page.html.j2").read_text(encoding="utf-8")
     name = f"{facts.recipe.get('teacher', 'a softmax teacher')} with {facts.plan.mixer}"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template).render(name=name, about=facts.recipe.get("about", ""), headline=headline(facts), sections=sections)
+    return environment.from_string(template).render(
+        name=name, about=facts.recipe.get("about", ""), headline=headline(facts), sections=sections
+    )
 
 
 def headline(facts: Facts) -> list[tuple[str, str]]:
@@ -54,7 +56,11 @@ def headline(facts: Facts) -> list[tuple[str, str]]:
     total, soft = sum(layer.kv_heads for layer in plan.layers), sum(layer.soft_heads for layer in plan.layers)
     found.append(("KV heads kept exact", f"{total - soft} of {total}"))
     found.append(("memory at 32k tokens", f"{plan.student_bytes(32768) / plan.teacher_bytes(32768):.1%} of the teacher's"))
-    for metric, label in (("perplexity", "perplexity"), ("repeat_perplexity", "repeat (recall)"), ("decode_tokens_per_second", "decode speed")):
+    for metric, label in (
+        ("perplexity", "perplexity"),
+        ("repeat_perplexity", "repeat (recall)"),
+        ("decode_tokens_per_second", "decode speed"),
+    ):
         rows = [row for row in facts.of(metric) if row["model"] == "student" and row["ratio"] is not None]
         if rows:
             found.append((f"{label}, {rows[-1]['setting']}", f"{rows[-1]['ratio']:.3f} × the teacher's"))
@@ -93,8 +99,8 @@ def recovery(facts: Facts) -> Section:
         section.missing = STANDARD.format(run=facts.run)
         return section
     section.text.append(
-        "Teacher, the same window and sinks untrained, and the student on the same items. ± is the standard error of the mean. Difference: student minus "
-        "teacher, paired over items. Recovery above chance: (student − chance) / (teacher − chance); it is left out where the teacher itself is not "
+        "Teacher, the same window and sinks untrained, and the student on the same items. ± is the standard error of the mean. "
+        "Difference: student minus teacher, paired over items. Recovery above chance: (student − chance) / (teacher − chance); it is left out where the teacher itself is not "
         "above chance by two standard errors, because such a task says nothing."
     )
     columns = ["metric", "setting", *facts.models, "student / teacher", "difference", "recovery above chance"]
@@ -113,19 +119,27 @@ def recall(facts: Facts) -> Section:
     if not rows:
         section.missing = STANDARD.format(run=facts.run)
         return section
-    section.text.append("Share of answers that are right, in per cent. Depth 0 is the start of the text, 1 its end. A window forgets everything but the end.")
+    section.text.append(
+        "Share of answers that are right, in per cent. Depth 0 is the start of the text, 1 its end. A window forgets everything but the end."
+    )
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]
         lengths, depths = sorted({row["length"] for row in own}), sorted({row["depth"] for row in own})
         for model in facts.models:
-            grid = [[next((r["value"] for r in own if (r["model"], r["length"], r["depth"]) == (model, length, depth)), None) for length in lengths] for depth in depths]
+            grid = [
+                [
+                    next((r["value"] for r in own if (r["model"], r["length"], r["depth"]) == (model, length, depth)), None)
+                    for length in lengths
+                ]
+                for depth in depths
+            ]
             said = "; ".join(f"{length} tokens: {_mean([line[i] for line in grid])}" for i, length in enumerate(lengths))
             section.pictures.append(pictures.heat(
                 f"{task}, {model}: accuracy by depth and length", f"Mean over depths. {said}.", grid, [f"{depth:g}" for depth in depths],
                 [pictures.short(length) for length in lengths], f"tokens ({task}, {model})", "depth",
             ))  # fmt: skip
         section.tables.append(Table(f"{task}: accuracy", ["tokens", "depth", *facts.models], [
-            [f"{length:,}", f"{depth:g}", *(_cell(next((r for r in own if (r["model"], r["length"], r["depth"]) == (model, length, depth)), None)) for model in facts.models)]
+            [f"{length:,}", f"{depth:g}", *(_cell(_at(own, model, length, depth)) for model in facts.models)]
             for length in lengths for depth in depths
         ]))  # fmt: skip
     return section
@@ -133,15 +147,25 @@ def recall(facts: Facts) -> Section:
 
 def positions(facts: Facts) -> Section:
     section = Section("positions", "Perplexity by position")
-    rows = facts.of("perplexity_by_position") or [r for r in (facts.diagnosis or {}).get("rows", []) if r["metric"] == "perplexity_by_position"]
+    rows = facts.of("perplexity_by_position") or [
+        r for r in (facts.diagnosis or {}).get("rows", []) if r["metric"] == "perplexity_by_position"
+    ]
     if not rows:
         section.missing = f"subquad eval {facts.run}/student --tasks by_position --data TEXT --out {facts.run}/evals"
         return section
     models = list(dict.fromkeys(row["model"] for row in rows))
     series = {model: _curve([row for row in rows if row["model"] == model]) for model in models}
     section.text.append("A model that uses its whole context gets better to the end of a document; one with a window levels off.")
-    section.pictures.append(pictures.lines("Perplexity by position in the text", _said(series), series, "position (start of range)", "perplexity", log_x=True))
-    section.tables.append(Table("Perplexity by position", ["positions", *models], [[group[0]["setting"], *(_cell(_of(group, m)) for m in models)] for group in _groups(rows)]))
+    section.pictures.append(
+        pictures.lines("Perplexity by position in the text", _said(series), series, "position (start of range)", "perplexity", log_x=True)
+    )
+    section.tables.append(
+        Table(
+            "Perplexity by position",
+            ["positions", *models],
+            [[group[0]["setting"], *(_cell(_of(group, m)) for m in models)] for group in _groups(rows)],
+        )
+    )
     return section
 
 
@@ -155,15 +179,28 @@ def speed(facts: Facts) -> Section:
         series = {model: _points([row for row in rows if row["model"] == model]) for model in facts.models}
         series = {model: points for model, points in series.items() if points[0]}
         if series and max(len(xs) for xs, _ in series.values()) > 1:
-            section.pictures.append(pictures.lines(f"{title} by context", _said(series), series, "tokens of context", unit, log_x=True, log_y=True))
+            section.pictures.append(
+                pictures.lines(f"{title} by context", _said(series), series, "tokens of context", unit, log_x=True, log_y=True)
+            )
         if rows:
-            section.tables.append(Table(title, ["setting", *facts.models], [[g[0]["setting"], *(_cell(_of(g, m)) for m in facts.models)] for g in _groups(rows)], open=not series))
+            section.tables.append(
+                Table(
+                    title,
+                    ["setting", *facts.models],
+                    [[g[0]["setting"], *(_cell(_of(g, m)) for m in facts.models)] for g in _groups(rows)],
+                    open=not series,
+                )
+            )
     for row in facts.of("crossover_tokens"):
-        section.text.append(f"{row['model']}: decodes faster than the teacher from about {row['value']:,.0f} tokens of context on ({row['setting']}).")
+        section.text.append(
+            f"{row['model']}: decodes faster than the teacher from about {row['value']:,.0f} tokens of context on ({row['setting']})."
+        )
     if not section.tables:
         section.missing = f"subquad eval {facts.run}/student --tasks throughput --out {facts.run}/evals"
     else:
-        section.text.append("Measured on the machine that ran the evaluation, batch 1, models taking turns step by step. Ratios travel better than seconds.")
+        section.text.append(
+            "Measured on the machine that ran the evaluation, batch 1, models taking turns step by step. Ratios travel better than seconds."
+        )
     return section
 
 
@@ -173,25 +210,49 @@ def ablation(facts: Facts) -> Section:
         section.missing = f"subquad eval diagnose {facts.run}/student --data TEXT --out {facts.run}/evals"
         return section
     rows = facts.diagnosis["rows"]
-    section.text += facts.diagnosis["findings"] or ["The checks (identity with the teacher, window, step by step against one pass, dead branches) found nothing."]
+    section.text += facts.diagnosis["findings"] or [
+        "The checks (identity with the teacher, window, step by step against one pass, dead branches) found nothing."
+    ]
     for metric in ("ablated_perplexity", "ablated_repeat"):
         own = [row for row in rows if row["metric"] == metric and row["value"] is not None]
         if own:
             names, values = [row["branch"] for row in own], [row["value"] for row in own]
-            section.pictures.append(pictures.bars(METRICS[metric].title, f"{names[0]}: {values[0]:.4g}. The table has the rest.", names, values, METRICS[metric].title))
-            section.tables.append(Table(METRICS[metric].title, ["taken away", "value", "ratio to the student"], [[r["branch"], shown(r), f"{r['ratio']:.3f}" if r["ratio"] else ""] for r in own], open=True))
+            section.pictures.append(
+                pictures.bars(
+                    METRICS[metric].title, f"{names[0]}: {values[0]:.4g}. The table has the rest.", names, values, METRICS[metric].title
+                )
+            )
+            section.tables.append(
+                Table(
+                    METRICS[metric].title,
+                    ["taken away", "value", "ratio to the student"],
+                    [[r["branch"], shown(r), f"{r['ratio']:.3f}" if r["ratio"] else ""] for r in own],
+                    open=True,
+                )
+            )
     shares = [row for row in rows if row["metric"] == "branch_share"]
     if shares:
         series = {"linear branch": ([row["layer"] for row in shares], [row["value"] for row in shares])}
-        section.pictures.append(pictures.lines("Share of the output norm that the linear branch makes", _said(series), series, "layer", "share"))
+        section.pictures.append(
+            pictures.lines("Share of the output norm that the linear branch makes", _said(series), series, "layer", "share")
+        )
         section.tables.append(Table("Share of the linear branch", ["layer", "share"], [[str(row["layer"]), shown(row)] for row in shares]))
     maps = [row for row in rows if row["metric"] == "attention_kl"]
     if maps:
         heads = [(row["layer"], row["head"]) for row in maps]
         value = {(row["metric"], row["model"], row.get("layer"), row.get("head")): shown(row) for row in rows}
         columns = ["layer", "query head", "KL to the teacher's map", "entropy teacher", "entropy student", "weights follow logits"]
-        keys = (("attention_kl", "student"), ("attention_entropy", "teacher"), ("attention_entropy", "student"), ("monotonicity", "student"))
-        section.tables.append(Table("Attention maps by head", columns, [[str(l), str(h), *(value.get((m, who, l, h), "") for m, who in keys)] for l, h in heads]))
+        keys = (
+            ("attention_kl", "student"),
+            ("attention_entropy", "teacher"),
+            ("attention_entropy", "student"),
+            ("monotonicity", "student"),
+        )
+        section.tables.append(
+            Table(
+                "Attention maps by head", columns, [[str(l), str(h), *(value.get((m, who, l, h), "") for m, who in keys)] for l, h in heads]
+            )
+        )
     return section
 
 
@@ -203,10 +264,18 @@ def training(facts: Facts) -> Section:
     for stage, rows in facts.log.items():
         thin = rows[:: max(1, len(rows) // POINTS)]
         names = [name for name in rows[0] if name == "loss" or (name not in _NOT_LOSSES and isinstance(rows[0][name], float))]
-        series = {name: ([row["tokens"] for row in thin], [row[name] for row in thin]) for name in names if all(name in row for row in thin)}
+        series = {
+            name: ([row["tokens"] for row in thin], [row[name] for row in thin]) for name in names if all(name in row for row in thin)
+        }
         section.pictures.append(pictures.lines(f"Loss of stage {stage}", _said(series), series, "tokens", f"loss ({stage})"))
         few = rows[:: max(1, len(rows) // 20)]
-        section.tables.append(Table(f"Stage {stage}", ["step", "tokens", *series], [[str(r["step"]), f"{r['tokens']:,}", *(f"{r[n]:.4g}" for n in series)] for r in few]))
+        section.tables.append(
+            Table(
+                f"Stage {stage}",
+                ["step", "tokens", *series],
+                [[str(r["step"]), f"{r['tokens']:,}", *(f"{r[n]:.4g}" for n in series)] for r in few],
+            )
+        )
     return section
 
 
@@ -217,10 +286,17 @@ def provenance(facts: Facts) -> Section:
     section = Section("provenance", "Provenance")
     known = facts.provenance
     said = {key: known[key] for key in ("teacher", "revision", "trained_tokens", "versions", "data_sha256") if key in known}
-    section.tables.append(Table("Where it comes from", ["what", "value"], [[key, json.dumps(value) if isinstance(value, dict) else str(value)] for key, value in said.items()], open=True))
+    section.tables.append(
+        Table(
+            "Where it comes from",
+            ["what", "value"],
+            [[key, json.dumps(value) if isinstance(value, dict) else str(value)] for key, value in said.items()],
+            open=True,
+        )
+    )
     overlap = [*known.get("overlap", ()), *((facts.about or {}).get("overlap") or ())]
     if overlap:
-        section.tables.append(Table("Runs of 13 words that evaluation text shares with the training text", ["set", "texts", "texts with overlap", "share of 13-grams", "SHA-256"], [
+        section.tables.append(Table("Runs of 13 words shared with the training text", ["set", "texts", "texts with overlap", "share of 13-grams", "SHA-256"], [
             [entry["set"], str(entry["items"]), str(entry["overlapping_items"]), f"{entry['share']:.2%}", entry["sha256"][:16]] for entry in overlap
         ], open=True))  # fmt: skip
     section.code = json.dumps(facts.recipe, indent=1, ensure_ascii=False, default=str)
@@ -230,7 +306,7 @@ def provenance(facts: Facts) -> Section:
 def limits(facts: Facts) -> Section:
     section = Section("limits", "Known limits")
     section.text += ["No static cache, no assisted or speculative decoding (a recurrent state has no way back), no 4-D attention masks.",
-                     "What stands further back than the window is remembered by exact heads and linear branches only; the recall section says how well."]  # fmt: skip
+                     "What stands further back than the window is remembered by exact heads and linear branches only: see the recall section."]  # fmt: skip
     unsolved = sorted({row["setting"] for row in facts.rows if row.get("solvable") is False})
     if unsolved:
         section.text.append(f"The teacher itself is not above chance on: {'; '.join(unsolved)}. These rows say nothing about the student.")
@@ -267,6 +343,10 @@ def _groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _of(group: list[dict[str, Any]], model: str) -> dict[str, Any] | None:
     return next((row for row in group if row["model"] == model), None)
+
+
+def _at(rows: list[dict[str, Any]], model: str, length: int, depth: float) -> dict[str, Any] | None:
+    return next((row for row in rows if (row["model"], row["length"], row["depth"]) == (model, length, depth)), None)
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -29,7 +29,9 @@ def plots():
     try:
         import matplotlib
     except ImportError:
-        raise UserError("The report draws with matplotlib, which is not installed: pip install -c constraints.txt 'subquad[report]'.") from None
+        raise UserError(
+            "The report draws with matplotlib, which is not installed: pip install -c constraints.txt 'subquad[report]'."
+        ) from None
     matplotlib.use("svg")
     from matplotlib import pyplot
 
@@ -60,7 +62,13 @@ def svg(figure, title: str, description: str) -> str:
 
 
 def lines(
-    title: str, description: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, log_x: bool = False, log_y: bool = False
+    title: str,
+    description: str,
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    x: str,
+    y: str,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> str:
     """A curve per name."""
     pyplot = plots()
@@ -103,11 +111,17 @@ def heads(title: str, description: str, layers: Sequence[tuple[int, Sequence[str
     axes.set_ylabel("KV head")
     axes.grid(False)
     used = [kind for kind in KINDS if any(kind in kinds for _, kinds in layers)]
-    figure.legend(handles=[Patch(color=KINDS[kind], label=kind + (" (dot)" if kind == "exact" else "")) for kind in used], loc="outside upper left", ncols=len(used))
+    figure.legend(
+        handles=[Patch(color=KINDS[kind], label=kind + (" (dot)" if kind == "exact" else "")) for kind in used],
+        loc="outside upper left",
+        ncols=len(used),
+    )
     return svg(figure, title, description)
 
 
-def heat(title: str, description: str, values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], x: str, y: str) -> str:
+def heat(
+    title: str, description: str, values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], x: str, y: str
+) -> str:
     """Shares from 0 to 1 as a map with the numbers written in; None is left white."""
     pyplot = plots()
     figure, axes = pyplot.subplots(figsize=(1.6 + 0.8 * len(columns), 1.2 + 0.42 * len(rows)))

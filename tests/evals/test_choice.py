@@ -121,12 +121,17 @@ def test_pairs_and_mmlu_files(tokenizer, tmp_path):
     blimp = tmp_path / "blimp"
     blimp.mkdir()
     for name in ("one", "two"):
-        lines = "".join(json.dumps({"sentence_good": f"The {w} sits.", "sentence_bad": f"The {w} sit."}) + "\n" for w in ("cat", "dog", "hen"))
+        lines = "".join(
+            json.dumps({"sentence_good": f"The {w} sits.", "sentence_bad": f"The {w} sit."}) + "\n" for w in ("cat", "dog", "hen")
+        )
         (blimp / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     rows = choice.pairs(two_models(), TOKENS, tokenizer=tokenizer, answers=Answers(), files="blimp", folder=str(tmp_path), limit=2)
-    assert rows[0]["setting"] == "BLiMP, 2 paradigms, 4 of 6 pairs" and {row["metric"] for row in rows} == {"accuracy", "accuracy_by_paradigm"}
+    assert rows[0]["setting"] == "BLiMP, 2 paradigms, 4 of 6 pairs" and {row["metric"] for row in rows} == {
+        "accuracy",
+        "accuracy_by_paradigm",
+    }
     csv = tmp_path / "logic_dev.csv"
-    csv.write_text("question,choice0,choice1,choice2,choice3,answer\nIs it?,yes,no,\"a, b\",d,2\nWas it?,w,x,y,z,A\n")
+    csv.write_text('question,choice0,choice1,choice2,choice3,answer\nIs it?,yes,no,"a, b",d,2\nWas it?,w,x,y,z,A\n')
     assert local.read_mmlu(csv) == [Choice("Is it?", ("yes", "no", "a, b", "d"), 2), Choice("Was it?", ("w", "x", "y", "z"), 0)]
     rows = choice.mmlu(two_models(), TOKENS, tokenizer=tokenizer, answers=Answers(), files=[str(csv)], shots=1)
     assert [row["metric"] for row in rows] == ["accuracy", "accuracy", "option_bias", "option_bias"]
@@ -153,9 +158,9 @@ def test_broken_lines_are_named(tmp_path, what):
 
 def test_files_are_found_and_told_apart(file, tmp_path):
     assert named(["quiz", "passkey"], tmp_path) == {"choice": {"files": [str(file)]}, "passkey": {}}
-    with pytest.raises(UserError, match="Unknown eval task 'quizz'. Did you mean 'quiz'"):
+    with pytest.raises(UserError, match=r"Unknown eval task 'quizz'\. Did you mean 'quiz'"):
         named(["quizz"], tmp_path)
-    with pytest.raises(UserError, match="no file 'quizz'. Did you mean 'quiz'"):
+    with pytest.raises(UserError, match=r"no file 'quizz'\. Did you mean 'quiz'"):
         local.find(["quizz"], tmp_path, "choice")
     with pytest.raises(UserError, match="0 leaves no items"):
         local.limited("choice", [1], 0)
@@ -196,5 +201,9 @@ def test_rolling_perplexity(tokenizer, tmp_path):
 
 def test_small_parts():
     assert cut("a. b\n\nc", ["\n\n", "b"]) == "a. " and cut("abc", []) == "abc"
-    assert right(Problem("", "", "1200"), "so it is #### 1,200 dollars") and right(Problem("", "", "18"), "it is $18.") and not right(Problem("", "", "1"), "no")
+    assert (
+        right(Problem("", "", "1200"), "so it is #### 1,200 dollars")
+        and right(Problem("", "", "18"), "it is $18.")
+        and not right(Problem("", "", "1"), "no")
+    )
     assert repetition([1, 2, 3, 4, 5]) == 0 and repetition([7] * 8) == pytest.approx(0.8)

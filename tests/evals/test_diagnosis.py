@@ -100,7 +100,18 @@ def test_rows_say_what_parts_are_worth():
     assert list(parts) == ["nothing taken away", "linear branch off", "window off", "sinks off", "exact heads off", "layer 0 restored"]
     assert parts["nothing taken away"] == 1 and all(ratio != 1 for name, ratio in parts.items() if name != "nothing taken away")
     heads = [(row["layer"], row["head"]) for row in result["rows"] if row["metric"] == "attention_kl"]
-    assert heads == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)]  # head 0 of layer 1 holds query heads 0, 1
+    assert heads == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (2, 3),
+    ]  # head 0 of layer 1 holds query heads 0, 1
 
 
 def test_variants_leave_the_student_as_it_was():

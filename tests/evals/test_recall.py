@@ -35,7 +35,10 @@ def read_phonebook(text):
 
 
 def read_mqar(text):
-    return [re.search(rf"^{key} = (\w+)$", text, re.MULTILINE).group(1) for key in re.findall(r"^(\w+) =", text.partition("again:\n")[2], re.MULTILINE)]
+    return [
+        re.search(rf"^{key} = (\w+)$", text, re.MULTILINE).group(1)
+        for key in re.findall(r"^(\w+) =", text.partition("again:\n")[2], re.MULTILINE)
+    ]
 
 
 def read_copying(text):
@@ -111,14 +114,14 @@ def test_listops_notation():
 
 
 @pytest.mark.parametrize("name", [name for name, row in TASKS.items() if ".recall." in row])
-def test_every_task_fills_its_length(name, tokenizer=helpers.tiny_tokenizer()):
+def test_every_task_fills_its_length(name, tiny_tokenizer):
     """A byte a token: texts of at most the length, and nearly it; the scores are those of greedy decoding with the right answers fed."""
     models = loaded(teacher=helpers.tiny_model())
     task = lookup("eval task", name, TASKS)
     asked = []
     kept, tasks.score_all = tasks.score_all, lambda models, requests, answers: asked.extend(requests) or kept(models, requests, answers)
     try:
-        rows = task(models, TOKENS, tokenizer=tokenizer, answers=Answers(), lengths=[700], samples=1)
+        rows = task(models, TOKENS, tokenizer=tiny_tokenizer, answers=Answers(), lengths=[700], samples=1)
     finally:
         tasks.score_all = kept
     assert rows and all(0 <= row["value"] <= 1 and row["length"] == 700 for row in rows)
@@ -129,7 +132,7 @@ def test_every_task_fills_its_length(name, tokenizer=helpers.tiny_tokenizer()):
     right = [all(best[at - 1] == request.ids[at] for at in range(start, stop)) for start, stop in request.spans]
     first = next(row for row in rows if row["metric"] != "accuracy" or row["n"] == 1)
     assert first["value"] == pytest.approx(sum(right) / len(right))
-    assert tokenizer.decode(request.ids[request.spans[0][0] : request.spans[0][1]]).startswith(" ")
+    assert tiny_tokenizer.decode(request.ids[request.spans[0][0] : request.spans[0][1]]).startswith(" ")
 
 
 @pytest.mark.parametrize(
@@ -161,5 +164,5 @@ def test_token_tasks_can_be_solved_by_reading(name):
 def test_token_task_settings_are_checked():
     with pytest.raises(UserError, match="Did you mean 'pairs'"):
         token_task("mqar", {"pair": 3})
-    with pytest.raises(UserError, match="more than 4, half of mqar.letters"):
+    with pytest.raises(UserError, match=r"more than 4, half of mqar\.letters"):
         token_task("mqar", {"pairs": 5, "letters": 8})

@@ -6,6 +6,7 @@ The words are made up or plain, so that no model knows an answer from its traini
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 FILLERS = (
@@ -55,7 +56,10 @@ def passkey(random: Random, units: int, depth: float) -> Item:
     """A five-digit key in `units` sentences of no interest."""
     key = str(random.randint(10_000, 99_999))
     text = hidden(random, units, {depth: [f"The pass key is {key}. Remember it. {key} is the pass key."]})
-    return Item(((f"There is a pass key in this text. Find it.\n\n{text}\n\nWhat is the pass key? The pass key is", False), (f" {key}", True)), 1 / 90_000)
+    return Item(
+        ((f"There is a pass key in this text. Find it.\n\n{text}\n\nWhat is the pass key? The pass key is", False), (f" {key}", True)),
+        1 / 90_000,
+    )
 
 
 def niah(random: Random, units: int, depth: float, variant: str = "single", needles: int = 4) -> Item:
@@ -71,7 +75,9 @@ def niah(random: Random, units: int, depth: float, variant: str = "single", need
     text = hidden(random, units, places)
     head = f"Secret numbers are hidden in this text. Remember them.\n\n{text}\n\n"
     if variant != "multi_value":
-        return Item(((f"{head}The secret number of {names[0]} is", False), (f" {values[0]}", True)), 1 / count if count > 1 else 1 / 9_000_000)
+        return Item(
+            ((f"{head}The secret number of {names[0]} is", False), (f" {values[0]}", True)), 1 / count if count > 1 else 1 / 9_000_000
+        )
     order = sorted(values, key=text.index)
     parts = [(f"{head}The secret numbers of {names[0]}, in the order of the text, are", False)]
     return Item((*parts, *listed(order)), 1 / count)
@@ -88,7 +94,9 @@ def phonebook(random: Random, units: int, depth: float) -> Item:
     examples = random.sample([i for i in range(len(names)) if i != asked], 2)
     book = "\n".join(f"{name}: {number}" for name, number in zip(names, numbers, strict=True))
     shown = "".join(f"{names[i]}: {numbers[i]}\n" for i in examples)
-    return Item(((f"Phone book\n\n{book}\n\nNumbers asked for\n\n{shown}{names[asked]}:", False), (f" {numbers[asked]}", True)), 1 / len(names))
+    return Item(
+        ((f"Phone book\n\n{book}\n\nNumbers asked for\n\n{shown}{names[asked]}:", False), (f" {numbers[asked]}", True)), 1 / len(names)
+    )
 
 
 def mqar(random: Random, units: int, depth: float, queries: int = 4) -> Item:
@@ -100,7 +108,9 @@ def mqar(random: Random, units: int, depth: float, queries: int = 4) -> Item:
     first = round(depth * (units - 1))
     asked = [first, *random.sample([i for i in range(units) if i != first], queries - 1)]
     random.shuffle(asked)
-    parts: list[tuple[str, bool]] = [("".join(f"{key} = {value}\n" for key, value in zip(keys, values, strict=True)) + "\nThe same again:\n", False)]
+    parts: list[tuple[str, bool]] = [
+        ("".join(f"{key} = {value}\n" for key, value in zip(keys, values, strict=True)) + "\nThe same again:\n", False)
+    ]
     for i in asked:
         parts += [(f"{keys[i]} =", False), (f" {values[i]}", True), ("\n", False)]
     return Item(tuple(parts[:-1]), 1 / units)
@@ -151,7 +161,7 @@ def variable_tracking(random: Random, units: int, depth: float, hops: int = 3, c
         own = names[chain * (hops + 1) : (chain + 1) * (hops + 1)]
         start = depth if chain == 0 else random.random()
         at = sorted(start + (1 - start) * random.random() for _ in range(hops))
-        told = [f"VAR {own[0]} = {values[chain]}.", *(f"VAR {b} = VAR {a}." for a, b in zip(own, own[1:], strict=False))]
+        told = [f"VAR {own[0]} = {values[chain]}.", *(f"VAR {b} = VAR {a}." for a, b in pairwise(own))]
         for place, sentence in zip([start, *at], told, strict=True):
             places.setdefault(place, []).append(sentence)
     head = f"Remember which variable has which value.\n\n{hidden(random, units, places)}\n\nThe variables with the value {values[0]} are"
@@ -163,7 +173,8 @@ def variable_tracking(random: Random, units: int, depth: float, hops: int = 3, c
 
 def hidden(random: Random, units: int, places: dict[float, Sequence[str]]) -> str:
     """`units` filler sentences with sentences put in where `places` (share of the text) says."""
-    fillers = [FILLERS[(start := random.randrange(len(FILLERS)) if i == 0 else start + 1) % len(FILLERS)] for i in range(units)]
+    start = random.randrange(len(FILLERS))
+    fillers = [FILLERS[(start + i) % len(FILLERS)] for i in range(units)]
     at: dict[int, list[str]] = {}
     for place in sorted(places):
         at.setdefault(round(place * units), []).extend(places[place])

@@ -120,7 +120,14 @@ def induction(
 
 
 def copying(
-    models: Models, tokens: Tensor, *, tokenizer: Any, answers: Answers, lengths: int | Sequence[int] = LENGTHS, samples: int = 2, seed: int = 0
+    models: Models,
+    tokens: Tensor,
+    *,
+    tokenizer: Any,
+    answers: Answers,
+    lengths: int | Sequence[int] = LENGTHS,
+    samples: int = 2,
+    seed: int = 0,
 ) -> list[Row]:
     """Made-up words, then the same again; half of each of `lengths` is the copy. Chance 1 / words."""
     return ask(models, "copying", items.copying, tokenizer, answers, lengths, (0.0,), samples, seed)
@@ -139,7 +146,9 @@ def selective_copying(
 ) -> list[Row]:
     """The `marked` words that stand in lines marked with yes. Chance 1 / lines."""
     whole("selective_copying.marked", marked, least=1)
-    return ask(models, "selective_copying", partial(items.selective_copying, marked=marked), tokenizer, answers, lengths, (0.0,), samples, seed)
+    return ask(
+        models, "selective_copying", partial(items.selective_copying, marked=marked), tokenizer, answers, lengths, (0.0,), samples, seed
+    )
 
 
 def listops(
@@ -209,7 +218,9 @@ def ask(
     rows, at = [], 0
     for size in sizes:
         count = len(made[size])
-        part = {model: [mean([float(span.greedy) for span in spans]) for spans in found[at : at + count]] for model, found in scored.items()}
+        part = {
+            model: [mean([float(span.greedy) for span in spans]) for spans in found[at : at + count]] for model, found in scored.items()
+        }
         at += count
         chance = mean([item.chance for item in made[size]])
         setting = f"{name}, {size} tokens, {count} texts, seed {seed}"
