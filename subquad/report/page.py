@@ -100,8 +100,8 @@ def recovery(facts: Facts) -> Section:
         return section
     section.text.append(
         "Teacher, the same window and sinks untrained, and the student on the same items. ± is the standard error of the mean. "
-        "Difference: student minus teacher, paired over items. Recovery above chance: (student − chance) / (teacher − chance); it is left out where the teacher itself is not "
-        "above chance by two standard errors, because such a task says nothing."
+        "Difference: student minus teacher, paired over items. Recovery above chance: (student − chance) / (teacher − chance); it is left out "
+        "where the teacher itself is not above chance by two standard errors, because such a task says nothing."
     )
     columns = ["metric", "setting", *facts.models, "student / teacher", "difference", "recovery above chance"]
     section.tables.append(Table("All measurements", columns, [_measured(facts.models, group) for group in _groups(rows)], open=True))
