@@ -6,7 +6,7 @@ Key: B batch, T tokens, G key/value heads, R query heads each, P heads, S keys, 
 
 import json
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +247,6 @@ def _identity(model: PreTrainedModel, ids_1T: Tensor) -> list[str]:
 
 def _only(model: PreTrainedModel, kept: LayerSeam):
     """Every layer but one with exact attention."""
-    from contextlib import ExitStack
-
     stack = ExitStack()
     for seam in seams(model):
         if seam is not kept:

@@ -10,7 +10,7 @@ from subquad.progress import Reporter
 from subquad.scratch import Budget, rungs, train_mixer, train_mixers
 
 EASY = {"pairs": 2, "queries": 2, "gap": 8, "letters": 16}
-SMALL = Budget(steps=700, batch=64, window=2, sinks=1, test_batches=4)
+SMALL = Budget(steps=1000, batch=64, window=2, sinks=1, test_batches=4)
 
 
 def test_softmax_solves_what_a_window_cannot():

@@ -47,7 +47,8 @@ class Answers:
                         raise UserError(f"{path}, line {number}: damaged. Delete that line, or choose another --out.") from None
                     self._known[key] = value
                     whole += len(line)
-        self._file = open(path, "ab")  # held as long as the eval runs
+        # Unbuffered: on a full disk nothing is left in a buffer that would fail once more when the process ends.
+        self._file = open(path, "ab", buffering=0)
         self._file.truncate(whole)
 
     def __len__(self) -> int:
@@ -60,8 +61,9 @@ class Answers:
         """Remember, and write at once: what a batch has answered survives a kill from here on."""
         self._known |= answers
         if self._file is not None:
-            self._file.write("".join(json.dumps(pair) + "\n" for pair in answers.items()).encode())
-            self._file.flush()
+            data = "".join(json.dumps(pair) + "\n" for pair in answers.items()).encode()
+            while data:
+                data = data[self._file.write(data) :]
 
     def mark(self, model: PreTrainedModel) -> str:
         """The model's fingerprint, taken once: weights must not change while these answers are open."""
@@ -91,7 +93,6 @@ class Answers:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None

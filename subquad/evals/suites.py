@@ -1,5 +1,6 @@
 """Choices of tasks with settings under one name, and names on the command line turned into tasks."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def local_names(folder: str | Path | None) -> list[str]:
     return sorted({stem(path) for path in place.iterdir() if not path.name.startswith(".")}) if place is not None and place.is_dir() else []
 
 
+@functools.cache
 def _harness_names() -> list[str]:
+    """Empty where lm-evaluation-harness is not installed; reading its thousands of task files takes seconds."""
     if not installed():
         return []
     from lm_eval.tasks import TaskManager

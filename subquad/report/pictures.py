@@ -122,15 +122,19 @@ def heads(title: str, description: str, layers: Sequence[tuple[int, Sequence[str
 def heat(
     title: str, description: str, values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], x: str, y: str
 ) -> str:
-    """Shares from 0 to 1 as a map with the numbers written in; None is left white."""
+    """Shares from 0 to 1 as a map with the numbers written in; None is left open."""
     pyplot = plots()
+    from matplotlib.patches import Rectangle
+
     figure, axes = pyplot.subplots(figsize=(1.6 + 0.8 * len(columns), 1.2 + 0.42 * len(rows)))
-    grid = [[float("nan") if value is None else value for value in line] for line in values]
-    axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    colour = pyplot.get_cmap("cividis")
     for i, line in enumerate(values):
         for j, value in enumerate(line):
             if value is not None:
+                axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, color=colour(float(value))))
                 axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color="black" if value > 0.55 else "white")
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(x)
