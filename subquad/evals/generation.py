@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.errors import UserError
 from subquad.evals.agreement import kl
 from subquad.evals.answers import Answers
 from subquad.evals.local import Problem, find, limited, read_gsm8k, stem
@@ -71,9 +72,9 @@ def gsm8k(
     rows = []
     for path in find(files, folder, "gsm8k"):
         every = read_gsm8k(path)
-        asked = limited("gsm8k", every[: len(every) - shots] or every[:0], limit)
-        if not asked:
-            limited("gsm8k", every, 0)
+        if len(every) <= shots:
+            raise UserError(f"gsm8k.shots: {shots} solved problems leave none of the {len(every)} in {path} to ask. Lower shots.")
+        asked = limited("gsm8k", every[: len(every) - shots], limit)
         if not models:
             continue
         head = "".join(f"Question: {problem.question}\nAnswer: {problem.answer}\n\n" for problem in every[len(every) - shots :])

@@ -165,8 +165,8 @@ def _at(models: Models, tokens: Tensor, context: int, new_tokens: int, fill: Fil
     threads = torch.get_num_threads()
     setting = f"{context} tokens, {new_tokens} steps, {threads} thread{'s' * (threads != 1)}"
     rates = {name: 1 / statistics.median(times[WARM_UP:]) for name, times in seconds.items()}
-    rows = [row(name, "decode_tokens_per_second", setting, rates[name], length=context) for name in models]
-    return rows + [row(name, "state_bytes", f"{context} tokens", float(held[name]), length=context) for name in models]
+    rows = [row(name, "decode_tokens_per_second", setting, rates[name]) for name in models]
+    return rows + [row(name, "state_bytes", f"{context} tokens", float(held[name])) for name in models]
 
 
 def _filled(opener: Callable, prompt_1T: Tensor, fill: Fill) -> Cache:
