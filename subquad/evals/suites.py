@@ -17,10 +17,10 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "standard": {
         "perplexity": {"context": 2048, "windows": 4},
         "repeat": {"length": [256, 512, 1024], "samples": 2},
-        "choice": {"files": ["arc_easy", "piqa", "copa", "hellaswag_1000"], "limit": 200},
+        "choice": {"files": ["arc_easy", "piqa", "copa", "hellaswag_1000"], "limit": 300},
         "pairs": {"files": ["blimp"], "limit": 100},
         "passkey": {"lengths": [512, 1024, 2048], "depths": [0.0, 0.25, 0.5, 0.75, 1.0], "samples": 2},
-        "mqar": {"lengths": [256, 512, 1024], "depths": [0.0, 0.5, 1.0], "samples": 4},
+        "mqar": {"lengths": [128, 256, 512], "depths": [0.0, 0.5, 1.0], "samples": 4},
         "decode": {"contexts": [4096, 32768], "new_tokens": 16},
     },
     # A look in a few minutes, no files needed.
@@ -28,7 +28,7 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "perplexity": {"context": 1024, "windows": 2},
         "repeat": {"length": 512, "samples": 1},
         "passkey": {"lengths": [256, 1024], "depths": [0.0, 0.5, 1.0], "samples": 1},
-        "mqar": {"lengths": [256], "depths": [0.0, 0.5, 1.0], "samples": 2},
+        "mqar": {"lengths": [128], "depths": [0.0, 0.5, 1.0], "samples": 2},
     },
     # Everything that is generated, for recall and length alone.
     "recall": {

@@ -23,6 +23,22 @@ FIRST_NAMES = ("Alma", "Bruno", "Carla", "Dennis", "Edith", "Felix", "Greta", "H
                "Peter", "Rosa", "Simon", "Thea", "Victor")  # fmt: skip
 LAST_NAMES = ("Abel", "Berger", "Conrad", "Dorn", "Engel", "Falk", "Gruber", "Hansen", "Ivers", "Jansen", "Keller", "Lindt", "Moser", "Novak",
               "Olsen", "Pohl", "Quist", "Reuter", "Sander", "Thorn", "Ulrich", "Vogel", "Weber", "Young", "Zander")  # fmt: skip
+# Short plain nouns, one token each in most vocabularies: a small model can match them, where it stumbles over made-up words.
+PLAIN = (
+    "apple arm baby bag ball band bank base bath beach bear bed bell bench bike bird block board boat body bone book boot bottle bowl "
+    "box boy branch bread bridge brother bucket bus butter button cake camera camp candle cap car card castle cat chain chair chalk "
+    "cheese child church circle city class clock cloud coat coffee coin color cook copper corn cotton country cow cream crown cup "
+    "curtain daughter deer desk dish doctor dog doll door dress drum duck dust eagle ear earth egg engine eye face farm father feather "
+    "fence field finger fire fish flag floor flower foot forest fork fox frame friend frog fruit garden gate gift girl glass goat gold "
+    "grain grass ground guitar hair hall hammer hand hat head heart hill honey hook horn horse hospital hotel house ice ink iron island "
+    "jacket jar judge key king kitchen knee knife ladder lake lamp land leaf leather leg lemon letter library lion lock map market meat "
+    "metal milk mirror money monkey moon morning mother mountain mouse mouth nail neck needle nest night nose nurse ocean office oil "
+    "onion orange oven owner page paint paper park path pen pencil pepper piano picture pig pipe plane plant plate pocket pool potato "
+    "prince prize queen rabbit rain ring river road rock roof room root rope rose salt sand school seat seed shadow sheep shelf ship "
+    "shirt shoe shop silk silver sister skin sky snake snow soap soldier son soup spider spoon spring square star station steel stone "
+    "storm street sugar suit summer sun table tail tank teacher team tent ticket tiger tool tooth tower town toy train tray tree truck "
+    "tunnel uncle valley village voice wall watch water wave wheel wind window wine wing winter wire wolf woman wood wool worm yard "
+).split()
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 
@@ -100,10 +116,10 @@ def phonebook(random: Random, units: int, depth: float) -> Item:
 
 
 def mqar(random: Random, units: int, depth: float, queries: int = 4) -> Item:
-    """Multi-query associative recall: `units` pairs of made-up words, then `queries` of their first words; one stands at `depth`, the others
-    anywhere."""
+    """Multi-query associative recall: `units` pairs of words (plain ones as far as they go, else made-up ones), then `queries` of their first words;
+    one stands at `depth`, the others anywhere."""
     units = max(units, queries)
-    words = made_up(random, 2 * units)
+    words = random.sample(PLAIN, 2 * units) if 2 * units <= len(PLAIN) else made_up(random, 2 * units)
     keys, values = words[:units], words[units:]
     first = round(depth * (units - 1))
     asked = [first, *random.sample([i for i in range(units) if i != first], queries - 1)]
