@@ -228,11 +228,11 @@ def evaluate(
     from subquad.evals import table
 
     report = reporter(json)
-    if tasks is None and suite is None and out is None and models is None:
+    if tasks is None and suite is None and out is None and models is None and limit is None:
         rows = verbs.evaluate_folder(Path(folder), data or ["pydoc"], teacher, sets or [], report)
     else:
         if tasks is None and suite is None:
-            raise UserError("--out and --models go with --tasks or --suite: say what to measure.")
+            raise UserError("--out, --models and --limit go with --tasks or --suite: say what to measure.")
         chosen = judging.chosen_tasks(tasks, suite, sets or [], benchmarks, limit)
         who = [name.strip() for name in models.split(",")] if models else None
         rows = judging.judge_folder(folder, chosen, data or ["pydoc"], teacher=teacher, who=who, out=out, report=report)
@@ -328,7 +328,10 @@ def write_report(
     from subquad.report import write
 
     written = write(run, out, evals)
-    show({name: str(path) for name, path in written.items()}) if json else [print(f"{name}: {path}") for name, path in written.items()]
+    if json:
+        return show({name: str(path) for name, path in written.items()})
+    for name, path in written.items():
+        print(f"{name}: {path}")
 
 
 @command(app)

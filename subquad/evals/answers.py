@@ -4,6 +4,7 @@ A folder holds answers.jsonl (one line per question asked), items.json (scores b
 that a kill or a full disk cut short is dropped when the file is opened again. Answers belong to a model's exact weights: `fingerprint`.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -35,21 +36,32 @@ class Answers:
             self._open(folder / FILE)
 
     def _open(self, path: Path) -> None:
-        whole = 0  # bytes of complete lines
-        if path.is_file():
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.endswith(b"\n"):
-                        break
-                    try:
-                        key, value = json.loads(line)
-                    except ValueError:
-                        raise UserError(f"{path}, line {number}: damaged. Delete that line, or choose another --out.") from None
-                    self._known[key] = value
-                    whole += len(line)
         # Unbuffered: on a full disk nothing is left in a buffer that would fail once more when the process ends.
         self._file = open(path, "ab", buffering=0)
-        self._file.truncate(whole)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the kernel however the process ends
+            self._file.truncate(self._read(path))
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"{path.parent} is in use by another eval that is still going. Wait for it, or choose another --out.") from None
+        except UserError:
+            self._file.close()
+            raise
+
+    def _read(self, path: Path) -> int:
+        """Bytes of complete lines."""
+        whole = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    key, value = json.loads(line)
+                except ValueError:
+                    raise UserError(f"{path}, line {number}: damaged. Delete that line, or choose another --out.") from None
+                self._known[key] = value
+                whole += len(line)
+        return whole
 
     def __len__(self) -> int:
         return len(self._known)

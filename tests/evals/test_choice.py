@@ -114,6 +114,9 @@ def test_stopped_and_started_again(file, tokenizer, tmp_path, monkeypatch):
     again = Answers(tmp_path)
     assert len(again) == sum(calls)
     assert run(again) == whole
+    with pytest.raises(UserError, match="in use by another eval"):
+        Answers(tmp_path)
+    again.close()
     assert len(Answers(tmp_path)) > sum(calls)
 
 

@@ -99,7 +99,7 @@ def mqar(
     samples: int = 4,
     seed: int = 0,
 ) -> list[Row]:
-    """Multi-query associative recall (SEEDS H05): pairs of words, then `queries` of the first words. Chance 1 / pairs. From about 170 pairs on the
+    """Multi-query associative recall (SEEDS H05): pairs of words, then `queries` of the first words. Chance 1 / pairs. From 147 pairs on the
     words are made up, which is harder to match."""
     whole("mqar.queries", queries, least=1)
     return ask(models, "mqar", partial(items.mqar, queries=queries), tokenizer, answers, lengths, depths, samples, seed)
