@@ -35,6 +35,7 @@ from subquad.verbs import open_student, original_teacher
 
 # layers: how many are restored one at a time, evenly spread (each costs a pass over all text); maps: tokens of the attention maps.
 SETTINGS = {"context": 512, "windows": 2, "repeat": 256, "samples": 2, "layers": 4, "maps": 192, "steps": 24}
+BEYOND = 32  # queries of the attention maps that have something beyond their window, at least
 DEAD = 1e-3  # share of a layer's output norm below which a linear branch does nothing
 SAME = 1e-2  # largest difference of log-probabilities between two ways to compute the same thing in fp32; broken students are off by whole nats
 
@@ -72,6 +73,8 @@ def diagnose(
     settings, report = {**SETTINGS, **(settings or {})}, report or Reporter()
     if not seams(student):
         raise UserError("This model has no converted layers: there is nothing to diagnose.")
+    # Maps must reach beyond every window, or a linear branch has nothing to do in them.
+    settings["maps"] = max(settings["maps"], max(seam.module.mixer.window + seam.module.mixer.sinks for seam in seams(student)) + BEYOND)
     need = max(settings["context"] * settings["windows"], settings["maps"], settings["repeat"])
     if len(tokens) < need:
         raise UserError(

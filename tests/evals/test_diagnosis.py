@@ -171,6 +171,12 @@ def test_maps_against_plain_sums():
     assert monotonicity(logits, -logits, 1).allclose(-torch.ones(1, 3).double())
 
 
+def test_maps_reach_beyond_a_wide_window():
+    """A window longer than the maps asked for must not make a linear branch look dead."""
+    model = linearize(helpers.tiny_model(), plan(helpers.tiny_model(), mixer="gated_delta", window=60, sinks=2))
+    assert diagnose(model, TOKENS, None, SMALL | {"layers": 0})["findings"] == []
+
+
 def test_settings_are_checked():
     with pytest.raises(UserError, match="Did you mean 'windows'"):
         checked({"window": 3})
