@@ -71,7 +71,7 @@ def measure(
     answers: Answers | None = None,
 ) -> Rows:
     """Rows of models in memory, the first of them the reference. A task that `answers` has seen finished is not run again."""
-    answers = answers or Answers(log=report.line)
+    answers = Answers(log=report.line) if answers is None else answers  # an empty one is false
     needing = [name for name in tasks if "tokenizer" in inspect.signature(lookup("eval task", name, TASKS)).parameters]
     if tokenizer is None and needing:
         raise UserError(f"{', '.join(needing)}: needs a tokenizer; give tokenizer=...")

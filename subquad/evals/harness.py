@@ -33,7 +33,7 @@ def harness_model(name: str, opener, tokenizer: Any, answers: Answers | None = N
         raise UserError(NEEDED)
     from lm_eval.api.model import TemplateLM
 
-    answers = answers or Answers()
+    answers = Answers() if answers is None else answers
     with opener() as model:
         longest = longest or getattr(model.config, "max_position_embeddings", None) or LONGEST
 
