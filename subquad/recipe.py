@@ -86,6 +86,7 @@ class DataSection(Section):
     train: Source = "pydoc"
     eval: Source | None = None
     hold_out: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    allow_overlap: bool = False  # run although text to be judged on stands in the text to train on
 
 
 class SampleSection(Section):
@@ -155,7 +156,10 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as JSON values, defaults filled in; loading it gives an equal recipe."""
-        return {**self.model_dump(mode="json"), "stages": [_stage_dict(stage) for stage in self.stages]}
+        value = {**self.model_dump(mode="json"), "stages": [_stage_dict(stage) for stage in self.stages]}
+        if not self.data.allow_overlap:  # the exception is written out, the rule is not
+            del value["data"]["allow_overlap"]
+        return value
 
     def dump(self) -> str:
         """`to_dict` as YAML."""

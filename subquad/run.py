@@ -17,6 +17,7 @@ from subquad.evals import table
 from subquad.folder import MAIN, RunFolder
 from subquad.healing import heal
 from subquad.inputs import Teacher, Text, read_documents
+from subquad.leakage import guard
 from subquad.linearize import Plan, hub, linearize
 from subquad.progress import Reporter
 from subquad.recipe import Recipe, load_recipe
@@ -40,10 +41,13 @@ def run(recipe: Recipe | str, out: str | Path, *, overwrite: bool = False, smoke
     teacher = Teacher(recipe, smoke)
     choose_heads(recipe, teacher.config, scores=None)  # refuse now what could not be planned later
     train, held_out = read_documents(recipe.data, smoke)
+    overlap = guard(train, held_out, recipe.evals.root, recipe.data.allow_overlap)
+    for entry in overlap:
+        report.line(f"Overlap with the training text: {entry['share']:.2%} of the runs of 13 words in {entry['set']}")
 
     with folder:
         log = JsonLog(folder / "log.jsonl")
-        text = Text(Tokens.from_documents(train, teacher.tokenizer), Tokens.from_documents(held_out, teacher.tokenizer))
+        text = Text(Tokens.from_documents(train, teacher.tokenizer), Tokens.from_documents(held_out, teacher.tokenizer), tuple(overlap))
         check_tasks(recipe.evals.root, text.held_out)
         what = make_plan(recipe, teacher, text.train, folder, log, report)
         what.render(report.console)
@@ -104,7 +108,7 @@ def judge(recipe: Recipe, teacher: Teacher, student: PreTrainedModel, tokens: To
     rows = folder.read("results.json")
     if rows is None:
         report.heading("Evaluate on held-out text")
-        rows = evaluate(student, tokens, recipe.evals.root, teacher=teacher.fresh(), report=report)
+        rows = evaluate(student, tokens, recipe.evals.root, teacher=teacher.fresh(), tokenizer=teacher.tokenizer, report=report)
         folder.write("results.json", rows)
     return rows
 
@@ -124,6 +128,7 @@ def provenance(recipe: Recipe, text: Text, trained: int) -> dict[str, Any]:
         "revision": recipe.revision,
         "recipe": recipe.to_dict(),
         "data_sha256": {"train": text.train.sha256, "eval": text.held_out.sha256},
+        "overlap": list(text.overlap),
         "trained_tokens": trained,
         "versions": versions(),
     }

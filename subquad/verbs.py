@@ -1,6 +1,7 @@
 """The toolkit's verbs one at a time, from Python and for the command line: convert, distill, evaluate. `run.py` joins them into a story."""
 
 import copy
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from subquad.distill.stage import Stage
 from subquad.errors import UserError, raise_all
 from subquad.evals import TASKS
 from subquad.evals import evaluate as run_tasks
+from subquad.evals.answers import Answers, key
 from subquad.evals.fill import STOCK, auto
 from subquad.evals.models import loaded
 from subquad.folder import RunFolder
@@ -44,17 +46,42 @@ def evaluate(
     teacher: PreTrainedModel | None = None,
     tokenizer: Any = None,
     report: Reporter | None = None,
+    answers: Answers | None = None,
 ) -> Rows:
-    """Rows (model, metric, setting, value, ratio) of `student` on `data`, beside the teacher and the same window untrained.
+    """Rows (model, metric, setting, value, ratio, and what else evals/rows.py names) of `student` on `data`, beside the teacher and the same
+    window untrained.
 
-    tasks: {name: settings}, names as in subquad.evals.TASKS. Without a teacher the student stands alone.
+    tasks: {name: settings}, names as in subquad.evals.TASKS. Without a teacher the student stands alone. tokenizer: for tasks that make or read
+    texts. answers: what was answered before, and where to keep what is answered now (evals/answers.py).
     """
     report, tokens = report or Reporter(), as_tokens(data, tokenizer)
     models = {"student": student}
     if teacher is not None:
         teacher = teacher.to(student.device)
         models = {"teacher": teacher, "window": untrained_window(teacher, student), **models}
-    return run_tasks(loaded(**models), tokens.long(), with_state(check_tasks(tasks, tokens)), report.line)
+    return measure(models, tokens, check_tasks(tasks, tokens), tokenizer, report, answers)
+
+
+def measure(
+    models: dict[str, PreTrainedModel],
+    tokens: Tokens,
+    tasks: dict[str, dict[str, Any]],
+    tokenizer: Any,
+    report: Reporter,
+    answers: Answers | None = None,
+) -> Rows:
+    """Rows of models in memory, the first of them the reference. A task that `answers` has seen finished is not run again."""
+    answers = Answers(log=report.line) if answers is None else answers  # an empty one is false
+    needing = [name for name in tasks if "tokenizer" in inspect.signature(lookup("eval task", name, TASKS)).parameters]
+    if tokenizer is None and needing:
+        raise UserError(f"{', '.join(needing)}: needs a tokenizer; give tokenizer=...")
+    marks = {name: answers.mark(model) for name, model in models.items()}
+
+    def remember(name: str, settings: dict[str, Any], run: Any) -> Rows:
+        own = {setting: value for setting, value in settings.items() if setting in tasks[name]}
+        return answers.remember(key("rows", name, repr(sorted(own.items())), marks, tokens.sha256), run)
+
+    return run_tasks(loaded(**models), tokens.long(), with_state(tasks, tokenizer, answers), report.line, remember)
 
 
 def check_tasks(tasks: dict[str, dict[str, Any]] | None, tokens: Tokens) -> dict[str, dict[str, Any]]:
@@ -181,10 +208,20 @@ def as_tokens(data: Text, tokenizer: Any) -> Tokens:
     return Tokens.from_documents(load_documents(data), tokenizer)
 
 
-def with_state(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The decode task with what it must know of converted layers; evals does not import linearize, so it is handed over."""
-    handed = {"cache_bytes": cache_bytes, "fill": partial(auto, extend={**STOCK, MixerState: lengthen})}
-    return {name: {**handed, **settings} if name == "decode" else settings for name, settings in tasks.items()}
+def with_state(tasks: dict[str, dict[str, Any]], tokenizer: Any = None, answers: Answers | None = None) -> dict[str, dict[str, Any]]:
+    """Tasks with what is handed over from here: the tokenizer, the answers so far, and what decoding must know of converted layers (evals does
+    not import linearize)."""
+    pool = {
+        "tokenizer": tokenizer,
+        "answers": answers,
+        "cache_bytes": cache_bytes,
+        "fill": partial(auto, extend={**STOCK, MixerState: lengthen}),
+    }
+
+    def handed(name: str) -> dict[str, Any]:
+        return {key: value for key, value in pool.items() if key in inspect.signature(lookup("eval task", name, TASKS)).parameters}
+
+    return {name: {**handed(name), **settings} for name, settings in tasks.items()}
 
 
 def lengthen(layer: MixerState, tokens: int) -> None:

@@ -7,6 +7,14 @@ repeat                  repeat_perplexity, on the second copy of a passage   len
 agreement               kl_to_teacher (nats per token), top1_agreement       windows x context
                         (share of tokens)
 decode                  decode_tokens_per_second, state_bytes (bytes)        tokens in the cache, timed steps, threads
+throughput              as decode, and prefill_tokens_per_second,            tokens, steps, threads
+                        first_token_seconds, peak_bytes, crossover_tokens
+choice, pairs, mmlu     accuracy, accuracy_norm, option_bias                 file, items of all, shots
+gsm8k                   accuracy of written answers                          items of all, shots
+rolling                 word_perplexity, bits_per_byte                       file, words, context
+generation              repetition, free-running agreement and KL            prompts x tokens
+passkey, niah, mqar,    accuracy, accuracy_by_depth                          tokens, depth, texts, seed
+phonebook, copying, selective_copying, induction, listops, variable_tracking
 
 Every task is `task(models, tokens, *, settings) -> list[Row]`. A parameter with a default is a setting that a recipe may give; a parameter
 without one is handed over from Python. With no models a task checks its settings and the length of the text and returns no rows.
@@ -15,10 +23,11 @@ without one is handed over from Python. With no models a task checks its setting
 import inspect
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from subquad.errors import UserError, raise_all
-from subquad.evals.rows import Row, arrange, shown
+from subquad.evals.rows import METRICS, Row, arrange, shown
 from subquad.registry import lookup, nearest
 
 if TYPE_CHECKING:  # torch is slow to import; recipes and the command line want the names only
@@ -34,17 +43,39 @@ TASKS = {
     "repeat": "subquad.evals.repeat:repeat",
     "agreement": "subquad.evals.agreement:agreement",
     "decode": "subquad.evals.speed:decode",
+    "throughput": "subquad.evals.speed:throughput",
+    "choice": "subquad.evals.choice:choice",
+    "pairs": "subquad.evals.choice:pairs",
+    "mmlu": "subquad.evals.choice:mmlu",
+    "gsm8k": "subquad.evals.generation:gsm8k",
+    "generation": "subquad.evals.generation:generation",
+    "rolling": "subquad.evals.rolling:rolling",
+    "passkey": "subquad.evals.recall.tasks:passkey",
+    "niah": "subquad.evals.recall.tasks:niah",
+    "mqar": "subquad.evals.recall.tasks:mqar",
+    "phonebook": "subquad.evals.recall.tasks:phonebook",
+    "copying": "subquad.evals.recall.tasks:copying",
+    "selective_copying": "subquad.evals.recall.tasks:selective_copying",
+    "induction": "subquad.evals.recall.tasks:induction",
+    "listops": "subquad.evals.recall.tasks:listops",
+    "variable_tracking": "subquad.evals.recall.tasks:variable_tracking",
+    "lm_eval": "subquad.evals.harness:lm_eval",
 }
 
 
 def evaluate(
-    models: "Models", tokens: "Tensor", tasks: Mapping[str, Mapping[str, Any]], log: Callable[[str], None] | None = None
+    models: "Models",
+    tokens: "Tensor",
+    tasks: Mapping[str, Mapping[str, Any]],
+    log: Callable[[str], None] | None = None,
+    remember: Callable[[str, Mapping[str, Any], Callable[[], list[Row]]], list[Row]] | None = None,
 ) -> list[Row]:
     """Rows (model, metric, setting, value, ratio to the first model) in the order of `tasks`; within a setting in the order of `models`.
 
     models: name -> function that returns a context manager around a model. The first is the reference (teacher); alone it has no ratios.
     The contexts are entered many times, in turn (decode enters one per step), so they must be cheap: nullcontext around a loaded model, or
     a switch of one model between teacher and student. tokens: 1-D ids. tasks: {name: settings}. log: called with a line now and then.
+    remember(name, settings, run): returns run()'s rows, or those an earlier call kept.
     Raises UserError with all problems of names, settings and text length before the first model runs.
     """
     log = log or (lambda line: None)
@@ -53,13 +84,21 @@ def evaluate(
     for number, (name, settings) in enumerate(tasks.items(), 1):
         log(f"[{number}/{len(tasks)}] {name}: {', '.join(models)}")
         started = time.monotonic()
-        found = arrange(lookup("eval task", name, TASKS)(models, tokens, **settings), list(models))
+        found = arrange((remember or _plainly)(name, settings, partial(_run, name, models, tokens, settings)), list(models))
         rows += found
-        for metric, setting in dict.fromkeys((row["metric"], row["setting"]) for row in found):
+        for metric, setting in dict.fromkeys((row["metric"], row["setting"]) for row in found if not METRICS[row["metric"]].detail):
             values = (f"{row['model']} {shown(row)}" for row in found if (row["metric"], row["setting"]) == (metric, setting))
             log(f"  {metric} ({setting}): {', '.join(values)}")
         log(f"  {time.monotonic() - started:.0f} s")
     return rows
+
+
+def _run(name: str, models: "Models", tokens: "Tensor", settings: Mapping[str, Any]) -> list[Row]:
+    return lookup("eval task", name, TASKS)(models, tokens, **settings)
+
+
+def _plainly(name: str, settings: Mapping[str, Any], run: Callable[[], list[Row]]) -> list[Row]:
+    return run()
 
 
 def _check(models: "Models", tokens: "Tensor", tasks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -24,7 +24,7 @@ class Logits:
 
     def __init__(self, model: PreTrainedModel, ids_T: Tensor):
         ids_1T = ids_T[None].to(model.device)
-        self.head = _plain_head(model, ids_1T[:, :PROBE])
+        self.head = plain_head(model, ids_1T[:, :PROBE])
         output = _forward(model if self.head is None else model.base_model, model, ids_1T)
         self.rows = output.logits[0] if self.head is None else output.last_hidden_state[0]  # [T, V] or [T, D]
 
@@ -49,13 +49,14 @@ def token_nll(model: PreTrainedModel, ids_T: Tensor, first: int = 1) -> Tensor:
     return torch.cat(parts).double().cpu()
 
 
-def _plain_head(model: PreTrainedModel, ids_1T: Tensor) -> nn.Linear | None:
-    """The output layer if logits are exactly `head(last hidden state)` on a few tokens, else None.
+def plain_head(model: PreTrainedModel, ids_1T: Tensor | None = None) -> nn.Linear | None:
+    """The output layer if logits are exactly `head(last hidden state)` on a few tokens (the vocabulary's first if none are given), else None.
 
     Nothing says so in a config: softcaps, logit scales and the like live in each family's forward. The same product of the same shapes
     gives the same numbers, hence the tight tolerance; a head that is missed costs memory only.
     """
     head, base = model.get_output_embeddings(), model.base_model
+    ids_1T = torch.arange(PROBE, device=model.device)[None] if ids_1T is None else ids_1T
     if base is model or type(head) is not nn.Linear:
         return None
     hidden = getattr(_forward(base, model, ids_1T), "last_hidden_state", None)

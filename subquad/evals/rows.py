@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
-class Row(TypedDict):
-    """One number. setting: what it was measured on, in words, equal for all models. value: None when it is not a finite number.
+class Core(TypedDict):
+    """What every row has. setting: what it was measured on, in words, equal for all models. value: None when it is not a finite number.
 
     ratio: value / value of the reference model at the same metric and setting; None where that does not exist or is 0.
     """
@@ -19,13 +19,42 @@ class Row(TypedDict):
     ratio: float | None
 
 
+class Row(Core, total=False):
+    """One number, with what only some tasks can say. stderr: standard error of value. n: items. chance: the value of a guess.
+
+    difference, difference_stderr: value minus the reference's, paired over the same items. recovery: value / reference as a share (raw), and
+    recovery_above_chance: (value - chance) / (reference - chance), None where the reference is not above chance by two standard errors, because
+    then nothing can be recovered; solvable says which. task, length, depth: numbers of `setting` for programs. steps, state_bytes: of a model
+    that was trained from scratch. limit: items taken out of `of` there are.
+    """
+
+    task: str
+    n: int
+    of: int
+    stderr: float | None
+    chance: float
+    difference: float
+    difference_stderr: float | None
+    recovery: float | None
+    recovery_above_chance: float | None
+    solvable: bool
+    length: int
+    depth: float
+    steps: int
+    state_bytes: int
+    branch: str
+    layer: int
+    head: int
+
+
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown. better: 'lower' or 'higher'."""
+    """How a metric is shown. better: 'lower', 'higher', or 'none' where neither is."""
 
     title: str
     better: str
     text: Callable[[float], str]
+    detail: bool = False  # left out of the table on the terminal; JSON and the report have it
 
 
 def _bytes(value: float) -> str:
@@ -34,6 +63,14 @@ def _bytes(value: float) -> str:
         if value >= size:
             return f"{value / size:.2f} {unit}"
     return f"{value:.0f} B"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s"
 
 
 def _number(value: float) -> str:
@@ -48,16 +85,40 @@ METRICS = {
     "perplexity_by_position": Metric("perplexity by position", "lower", _number),
     "repeat_perplexity": Metric("repeat (perplexity)", "lower", _number),
     "kl_to_teacher": Metric("KL to teacher (nats/token)", "lower", _number),
-    "top1_agreement": Metric("top-1 agreement", "higher", lambda value: f"{100 * value:.1f} %"),
+    "top1_agreement": Metric("top-1 agreement", "higher", _percent),
+    "accuracy": Metric("accuracy", "higher", _percent),
+    "accuracy_norm": Metric("accuracy, length-normalised", "higher", _percent),
+    "accuracy_by_depth": Metric("accuracy by depth", "higher", _percent, detail=True),
+    "accuracy_by_paradigm": Metric("accuracy by paradigm", "higher", _percent, detail=True),
+    "option_bias": Metric("option bias", "lower", _percent),
+    "word_perplexity": Metric("perplexity per word", "lower", _number),
+    "bits_per_byte": Metric("bits per byte", "lower", _number),
+    "repetition": Metric("repeated 4-grams in own text", "none", _percent),
+    "free_running_agreement": Metric("agreement on own text", "higher", _percent),
+    "free_running_kl": Metric("KL to teacher on own text (nats/token)", "lower", _number),
+    "same_text": Metric("tokens before leaving the teacher's text", "higher", _percent),
+    "prefill_tokens_per_second": Metric("prefill (tokens/s)", "higher", _number),
+    "first_token_seconds": Metric("time to first token", "lower", _seconds),
+    "peak_bytes": Metric("peak memory of a prefill", "lower", _bytes),
+    "crossover_tokens": Metric("faster than the teacher from (tokens)", "lower", _number),
+    "branch_share": Metric("share of output norm", "none", _percent),
+    "attention_kl": Metric("KL of attention maps (nats/query)", "lower", _number),
+    "attention_entropy": Metric("entropy of attention maps (nats)", "none", _number),
+    "monotonicity": Metric("weights follow logits (rank correlation)", "higher", _number),
+    "ablated_perplexity": Metric("perplexity without", "none", _number),
+    "ablated_repeat": Metric("repeat without", "none", _number),
+    "gate": Metric("share of the linear branch", "none", _percent),
+    "lm_eval": Metric("lm-evaluation-harness", "higher", _number),
     "decode_tokens_per_second": Metric("decode (tokens/s)", "higher", _number),
     "state_bytes": Metric("state (bytes)", "lower", _bytes),
 }
 
 
-def row(model: str, metric: str, setting: str, value: float) -> Row:
-    """A row without its ratio, which `arrange` fills in. A number JSON cannot hold (a diverged model's) becomes None."""
+def row(model: str, metric: str, setting: str, value: float, **more: Any) -> Row:
+    """A row without its ratio, which `arrange` fills in. A number JSON cannot hold (a diverged model's) becomes None. more: see Row."""
     assert metric in METRICS, f"{metric} is missing in METRICS"
-    return Row(model=model, metric=metric, setting=setting, value=value if math.isfinite(value) else None, ratio=None)
+    more = {key: None if isinstance(given, float) and not math.isfinite(given) else given for key, given in more.items()}
+    return Row(model=model, metric=metric, setting=setting, value=value if math.isfinite(value) else None, ratio=None, **more)
 
 
 def shown(row: Row) -> str:

@@ -17,7 +17,7 @@ def render(rows: list[Row], console: Console) -> None:
 def build(rows: list[Row]) -> Table:
     """Columns metric, setting, then one per model in order of appearance: value, and in brackets the ratio to the first model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    lines = list(dict.fromkeys((row["metric"], row["setting"]) for row in rows))
+    lines = list(dict.fromkeys((row["metric"], row["setting"]) for row in rows if not METRICS[row["metric"]].detail))
     cells = {(row["metric"], row["setting"], row["model"]): _cell(row, row["model"] == models[0]) for row in rows}
     ratio = f"× is the ratio to {models[0]}; " if len(models) > 1 else ""
     table = Table(caption=f"{ratio}↓ lower is better, ↑ higher is better")
@@ -27,14 +27,18 @@ def build(rows: list[Row]) -> Table:
         table.add_column(model, justify="right", no_wrap=True)  # numbers stay whole, words wrap
     before = None
     for metric, setting in lines:
-        title = METRICS[metric].title + (" ↓" if METRICS[metric].better == "lower" else " ↑")
+        title = METRICS[metric].title + {"lower": " ↓", "higher": " ↑", "none": ""}[METRICS[metric].better]
         table.add_row("" if metric == before else title, setting, *(cells.get((metric, setting, model), "") for model in models))
         before = metric
     return table
 
 
 def _cell(row: Row, is_reference: bool) -> str:
-    return shown(row) if is_reference or row["ratio"] is None else f"{shown(row)} ({row['ratio']:.3f}×)"
+    error = f" ± {METRICS[row['metric']].text(row['stderr'])}" if row.get("stderr") is not None else ""
+    if is_reference or row["ratio"] is None or row.get("solvable") is False:
+        return f"{shown(row)}{error}" + (" not solved" if row.get("solvable") is False and is_reference else "")
+    above = row.get("recovery_above_chance")
+    return f"{shown(row)}{error} " + (f"({row['ratio']:.3f}×)" if above is None else f"({100 * above:.0f} % of what is above chance)")
 
 
 def to_json(rows: list[Row]) -> str:

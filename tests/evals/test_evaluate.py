@@ -1,5 +1,6 @@
 """evaluate(): order, ratios, what is refused before a model runs; the table and its JSON."""
 
+import inspect
 import io
 import json
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 
 from subquad.errors import UserError
-from subquad.evals import TASKS, evaluate, table
+from subquad.evals import TASKS, evaluate, harness, table
 from subquad.evals.models import loaded
 from subquad.evals.rows import METRICS, arrange, row, shown
 from subquad.registry import lookup
@@ -140,9 +141,32 @@ def test_more_tokens_than_positions():
         evaluate(loaded(teacher=model), TOKENS, {"perplexity": {"context": 33, "windows": 1}})
 
 
+PROBLEM = '{"question": "How many?", "answer": "One. #### 1"}\n'
+FILES = {
+    "choice": ("quiz.jsonl", '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'),
+    "pairs": ("pairs.jsonl", '{"sentence_good": "a", "sentence_bad": "b"}\n'),
+    "mmlu": ("logic_dev.csv", "Is it?,a,b,c,d,1\n"),
+    "gsm8k": ("problems.jsonl", 5 * PROBLEM),
+    "rolling": ("text.txt", "a few words"),
+}
+MORE = {
+    "generation": {"prompts": 2, "context": 100, "new_tokens": 8},
+    "throughput": {"contexts": [16], "cache_bytes": lambda cache: 0},
+    "lm_eval": {"tasks": ["arc_easy"]},
+}
+
+
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_without_models_checks_only(name):
-    assert lookup("eval task", name, TASKS)({}, TOKENS, **SMALL[name]) == []
+def test_a_task_without_models_checks_only(name, tmp_path):
+    task, settings = lookup("eval task", name, TASKS), {**SMALL.get(name, {}), **MORE.get(name, {})}
+    if name == "lm_eval" and not harness.installed():
+        pytest.skip("lm-evaluation-harness is not installed (extra eval)")
+    if name in FILES:
+        file, text = FILES[name]
+        (tmp_path / file).write_text(text)
+        settings["files"] = str(tmp_path / file)
+    handed = dict.fromkeys(key for key in ("tokenizer", "answers") if key in inspect.signature(task).parameters)
+    assert task({}, TOKENS, **handed, **settings) == []
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------------------------

@@ -137,3 +137,19 @@ def test_bad_settings(settings, said):
 def test_no_text():
     with pytest.raises(UserError, match="at least 1 token"):
         decode({}, TOKENS[:0], cache_bytes=cache_bytes)
+
+
+def test_throughput_rows():
+    models = loaded(teacher=helpers.tiny_model(), student=helpers.tiny_model(seed=1))
+    rows = speed.throughput(models, TOKENS, cache_bytes=cache_bytes, contexts=[16, 600], prefill=64, new_tokens=2)
+    found = {(row["metric"], row["length"]) for row in rows if "length" in row}
+    assert {("prefill_tokens_per_second", 16), ("first_token_seconds", 16)} <= found and ("first_token_seconds", 600) not in found
+    assert all(row["value"] >= 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [([-1.0, -1.0, 3.0], 4096 * 4**0.25), ([1.0, 1.0, 1.0], 1024), ([-1.0, 1.0, -1.0], None), ([1.0, -1.0, 1.0], 8192)],
+)
+def test_crossover_is_where_time_is_saved_from_then_on(saved, expected):
+    assert speed.crossover([1024, 4096, 16384], saved) == (None if expected is None else pytest.approx(expected))

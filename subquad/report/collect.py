@@ -1,0 +1,83 @@
+"""What a run folder holds, read into one value. Every part but the plan may be missing."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from subquad.errors import UserError
+from subquad.linearize.plan import Plan
+
+
+@dataclass
+class Facts:
+    """rows: of the run's own evals and of the evals folder, later ones winning where model, metric and setting are equal."""
+
+    run: Path
+    plan: Plan
+    recipe: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    log: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # stage -> rows of log.jsonl
+    scores: dict[int, list[float]] | None = None  # of the selection, by layer and head
+    diagnosis: dict[str, Any] | None = None
+    about: dict[str, Any] | None = None  # of the evals folder
+    provenance: dict[str, Any] = field(default_factory=dict)
+    student: Path | None = None
+
+    @property
+    def models(self) -> list[str]:
+        order = ("teacher", "window", "student")
+        found = dict.fromkeys(row["model"] for row in self.rows)
+        return [name for name in order if name in found] + [name for name in found if name not in order]
+
+    def of(self, *metrics: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["metric"] in metrics]
+
+
+def collect(run: Path, evals: Path | None = None) -> Facts:
+    """Read `run` (and `evals`, or RUN/evals where it is). UserError for a folder that holds no run, and for damaged files."""
+    if not (run / "plan.json").is_file():
+        hint = f" Did you mean {run.parent}?" if (run.parent / "plan.json").is_file() else ""
+        raise UserError(f"{run} holds no run (no plan.json).{hint} Give the folder that `subquad run RECIPE --out FOLDER` wrote.")
+    evals = evals if evals is not None else run / "evals"
+    if not evals.is_dir() and evals != run / "evals":
+        raise UserError(f"No such folder: {evals}. Give what `subquad eval ... --out FOLDER` wrote.")
+    student = run / "student" if (run / "student" / "config.json").is_file() else None
+    scores = _json(run / "selection.json")
+    rows = {(row["model"], row["metric"], row["setting"]): row for place in (run, evals) for row in _json(place / "results.json") or []}
+    return Facts(
+        run=run,
+        plan=Plan.from_dict(_json(run / "plan.json")),
+        recipe=yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")) if (run / "recipe.yaml").is_file() else {},
+        rows=list(rows.values()),
+        log=_log(run / "log.jsonl"),
+        scores={int(layer): heads for layer, heads in scores.items()} if scores else None,
+        diagnosis=_json(evals / "diagnosis.json") or _json(run / "diagnosis.json"),
+        about=_json(evals / "about.json"),
+        provenance=(_json(student / "config.json") or {}).get("provenance", {}) if student is not None else {},
+        student=student,
+    )
+
+
+def _json(path: Path) -> Any | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Delete it and make it again.") from None
+
+
+def _log(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows by stage, in order; a last line that is cut short is left out."""
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in row and "stage" in row:
+            stages.setdefault(row["stage"], []).append(row)
+    return stages
