@@ -4,6 +4,7 @@ Key: as in subquad.kernels.ops.
 """
 
 from subquad.kernels.triton.additive import Additive
+from subquad.kernels.triton.delta import Delta
 
 
 def _f32(x):
@@ -17,4 +18,14 @@ def additive(
     return Additive.apply(
         q.contiguous(), k.contiguous(), v.contiguous(), _f32(log_decay), _f32(initial_state), scale, output_final_state, cu_seqlens, out_dtype,
         input_precision,
+    )  # fmt: skip
+
+
+def delta(
+    q, k, v, beta, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None, input_precision=None
+):
+    """`ops.delta`."""
+    return Delta.apply(
+        q.contiguous(), k.contiguous(), v.contiguous(), _f32(beta), _f32(log_decay), _f32(initial_state), scale, output_final_state, cu_seqlens,
+        out_dtype, input_precision,
     )  # fmt: skip

@@ -76,11 +76,12 @@ def scan_kernel(
             extra += tl.load(hs + K * V + ov, mask=mv, other=0.0)
     elif USE_H0:
         h0 += (i_n.to(tl.int64) * (H // RS) + i_h // RS) * stride_head
-        # Backward the heads of a group are summed afterwards, and the gradient of their one final state counts once.
-        counts = (i_h % RS == 0) if REVERSE else (i_h >= 0)
-        state += tl.load(h0 + tile, mask=inside & counts, other=0.0)
+        state += tl.load(h0 + tile, mask=inside, other=0.0)
         if EXTRA > 0:
-            extra += tl.load(h0 + K * stride_k + ov * stride_v, mask=mv & counts, other=0.0)
+            extra += tl.load(h0 + K * stride_k + ov * stride_v, mask=mv, other=0.0)
+        if REVERSE:  # the heads of a group are summed afterwards, and the gradient of their one final state counts once
+            state = tl.where(i_h % RS == 0, state, 0.0)
+            extra = tl.where(i_h % RS == 0, extra, 0.0)
 
     for n in range(first, last):
         i_t = chunks - 1 - n if REVERSE else n
