@@ -221,7 +221,7 @@ class Watcher:
         self.sectors += sectors.size * SECTOR
         self.seen.append(sectors)
         if self.check:
-            (self.writes if write else self.reads).append((np.unique(where), _program()))
+            (self.writes if write else self.reads).append((where.ravel(), _program()))
 
     def end(self) -> None:
         if self.seen:
@@ -230,16 +230,23 @@ class Watcher:
             self._races()
 
     def _races(self) -> None:
-        owners = np.unique(np.concatenate([np.stack([a, np.full(a.size, p, np.uint64)], 1) for a, p in self.writes]), axis=0)
-        address, count = np.unique(owners[:, 0], return_counts=True)
-        if (count > 1).any():
-            self.problems.append(f"{self.kernel}: {int((count > 1).sum())} places written by two programs")
-        writer = dict(zip(owners[:, 0].tolist(), owners[:, 1].tolist(), strict=True))
-        for read, program in self.reads:
-            clash = [a for a in read[np.isin(read, address)].tolist() if writer[a] != program]
-            if clash:
-                self.problems.append(f"{self.kernel}: program {program} reads {len(clash)} places another program writes")
-                return
+        address, owner = _joined(self.writes)
+        order = np.lexsort((owner, address))
+        address, owner = address[order], owner[order]
+        shared = (address[1:] == address[:-1]) & (owner[1:] != owner[:-1])
+        if shared.any():
+            self.problems.append(f"{self.kernel}: {int(shared.sum())} bytes or numbers written by two programs")
+        if not self.reads:
+            return
+        read, reader = _joined(self.reads)
+        at = np.minimum(np.searchsorted(address, read), address.size - 1)
+        clash = (address[at] == read) & (owner[at] != reader)
+        if clash.any():
+            self.problems.append(f"{self.kernel}: {int(clash.sum())} numbers read by one program and written by another")
+
+
+def _joined(accesses: list) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([a for a, _ in accesses]), np.concatenate([np.full(a.size, program) for a, program in accesses])
 
 
 def _span(x: torch.Tensor) -> tuple[int, int]:

@@ -66,6 +66,8 @@ def scan_kernel(
     hs += ((start // (SEG * BT) + i_n) * H + i_h) * ROWS * V
     tile = ok[:, None] * stride_k + ov[None, :] * stride_v
     inside = mk[:, None] & mv[None, :]
+    at_q, at_k = oi[:, None] * (HQ * K) + ok[None, :], oi[:, None] * (HK * K) + ok[None, :]
+    at_v, at_o = oi[:, None] * (HK * V) + ov[None, :], oi[:, None] * (H * V) + ov[None, :]
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     extra = tl.zeros([BV], dtype=tl.float32)
@@ -91,27 +93,28 @@ def scan_kernel(
                 tl.store(place + ok[:, None] * V + ov[None, :], state, mask=inside)
                 if EXTRA > 0:
                     tl.store(place + K * V + ov, extra, mask=mv)
+        # One 64-bit base a tile and 32-bit offsets inside it: safe for any tensor, and half the address registers.
+        t0 = tl.cast(i_t, tl.int64) * BT
         t = i_t * BT + oi
-        row_q, row_k = (t - shift_q).to(tl.int64), (t - shift_k).to(tl.int64)
-        has_q, has_k = (t < length) & (row_q >= skip_q), (t < length) & (row_k >= skip_k)
-        b_k = tl.load(k + row_k[:, None] * (HK * K) + ok[None, :], mask=has_k[:, None] & mk[None, :], other=0.0).to(v.dtype.element_ty)
-        b_v = tl.load(v + row_k[:, None] * (HK * V) + ov[None, :], mask=has_k[:, None] & mv[None, :], other=0.0)
-        if EXTRA > 0:
-            b_x = tl.load(x + t.to(tl.int64) * H, mask=t < length, other=0.0)
+        has_q, has_k = (t < length) & (t - shift_q >= skip_q), (t < length) & (t - shift_k >= skip_k)
+        b_k = tl.load(k + (t0 - shift_k) * (HK * K) + at_k, mask=has_k[:, None] & mk[None, :], other=0.0).to(v.dtype.element_ty)
+        b_v = tl.load(v + (t0 - shift_k) * (HK * V) + at_v, mask=has_k[:, None] & mv[None, :], other=0.0)
+        if EXTRA > 0 and MODE != 1 or EXTRA == 2:
+            b_x = tl.load(x + t0 * H + oi * H, mask=t < length, other=0.0)
         if DECAY == 1:
-            c = tl.cumsum(tl.load(g + t.to(tl.int64) * HG, mask=t < length, other=0.0), 0)
+            c = tl.cumsum(tl.load(g + t0 * HG + oi * HG, mask=t < length, other=0.0), 0)
             total = tl.sum(tl.where(oi == BT - 1, c, 0.0), 0)
             back = tl.exp2((total - c) * LOG2E)
             ahead = tl.exp2(c * LOG2E)
             fade = tl.exp2(total * LOG2E)
         if DECAY == 2:
-            c = tl.cumsum(tl.load(g + t.to(tl.int64)[:, None] * (HG * K) + ok[None, :], mask=(t < length)[:, None] & mk[None, :], other=0.0), 0)
+            c = tl.cumsum(tl.load(g + t0 * (HG * K) + oi[:, None] * (HG * K) + ok[None, :], mask=(t < length)[:, None] & mk[None, :], other=0.0), 0)
             total = tl.sum(tl.where((oi == BT - 1)[:, None], c, 0.0), 0)
             back = tl.exp2((total[None, :] - c) * LOG2E)
             ahead = tl.exp2(c * LOG2E)
             fade = tl.exp2(total * LOG2E)
         if DECAY == 3:
-            c = tl.cumsum(tl.load(g + t.to(tl.int64)[:, None] * (HG * V) + ov[None, :], mask=(t < length)[:, None] & mv[None, :], other=0.0), 0)
+            c = tl.cumsum(tl.load(g + t0 * (HG * V) + oi[:, None] * (HG * V) + ov[None, :], mask=(t < length)[:, None] & mv[None, :], other=0.0), 0)
             total = tl.sum(tl.where((oi == BT - 1)[:, None], c, 0.0), 0)
             back = tl.exp2((total[None, :] - c) * LOG2E)
             ahead = tl.exp2(c * LOG2E)
@@ -123,7 +126,7 @@ def scan_kernel(
                 read, write = ahead, back
 
         if MODE != 1:
-            b_q = tl.load(q + row_q[:, None] * (HQ * K) + ok[None, :], mask=has_q[:, None] & mk[None, :], other=0.0).to(v.dtype.element_ty)
+            b_q = tl.load(q + (t0 - shift_q) * (HQ * K) + at_q, mask=has_q[:, None] & mk[None, :], other=0.0).to(v.dtype.element_ty)
             # What the chunk reads of its own tokens.
             if DECAY == 2:
                 weights = vector_weights(b_q, b_k, c, BT, LEVELS, BK, REVERSE, PRECISION)
@@ -160,7 +163,7 @@ def scan_kernel(
                 if DECAY == 3:
                     past *= read
                 b_o += past
-            tl.store(o + row_q[:, None] * (H * V) + ov[None, :], (b_o * scale).to(o.dtype.element_ty), mask=has_q[:, None] & mv[None, :])
+            tl.store(o + (t0 - shift_q) * (H * V) + at_o, (b_o * scale).to(o.dtype.element_ty), mask=has_q[:, None] & mv[None, :])
 
         # What it leaves behind.
         if DECAY == 1:

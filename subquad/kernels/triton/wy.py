@@ -27,11 +27,11 @@ from subquad.kernels.triton.pieces import LOG2E, bounds, level_mask, pair_decay
 
 
 @triton.jit
-def chunk_gates(g, row, inside, GATED: tl.constexpr, BT: tl.constexpr):
+def chunk_gates(g, inside, GATED: tl.constexpr, BT: tl.constexpr):
     """(cumulative log decay [BT], its last value)."""
     c = tl.zeros([BT], dtype=tl.float32)
     if GATED:
-        c += tl.cumsum(tl.load(g + row, mask=inside, other=0.0), 0)
+        c += tl.cumsum(tl.load(g, mask=inside, other=0.0), 0)
     return c, tl.sum(tl.where(tl.arange(0, BT) == BT - 1, c, 0.0), 0)
 
 
@@ -50,10 +50,10 @@ def invert_kernel(
     oi, ok = tl.arange(0, BT), tl.arange(0, BK)
     t = i_t * BT + oi
     inside = t < length
-    row = (start + t) * G + i_g
-    b_k = tl.load(k + row[:, None] * K + ok[None, :], mask=inside[:, None] & (ok < K)[None, :], other=0.0)
-    b_beta = tl.load(beta + row, mask=inside, other=0.0)
-    c, _ = chunk_gates(g, row, inside, GATED, BT)
+    row, tokens = (start + i_t * BT) * G + i_g, oi * G
+    b_k = tl.load(k + row * K + tokens[:, None] * K + ok[None, :], mask=inside[:, None] & (ok < K)[None, :], other=0.0)
+    b_beta = tl.load(beta + row + tokens, mask=inside, other=0.0)
+    c, _ = chunk_gates(g + row + tokens, inside, GATED, BT)
     a = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_beta[:, None]
     if GATED:
         a *= pair_decay(c, BT, False)
@@ -61,7 +61,7 @@ def invert_kernel(
     for level in tl.static_range(1, LEVELS):
         between = tl.where(level_mask(level, BT, False), a, 0.0)
         b_x -= tl.dot(b_x, tl.dot(between, b_x, input_precision=SOLVE), input_precision=SOLVE)
-    tl.store(x + row[:, None] * BT + oi[None, :], b_x.to(x.dtype.element_ty), mask=inside[:, None])
+    tl.store(x + row * BT + tokens[:, None] * BT + oi[None, :], b_x.to(x.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def delta_kernel(
     i_g = i_h // R
     start, length = bounds(cu, i_n, T, VARLEN)
     oi, ok, ov = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    tokens, tokens_q = oi * G, oi * H
     mk, mv = ok < K, ov < V
     tile = ok[:, None] * V + ov[None, :]
     whole = mk[:, None] & mv[None, :]
@@ -88,13 +89,12 @@ def delta_kernel(
     for i_t in range(0, tl.cdiv(length, BT)):
         t = i_t * BT + oi
         inside = t < length
-        row = (start + t) * G + i_g
-        row_q = (start + t) * H + i_h
-        b_k = tl.load(k + row[:, None] * K + ok[None, :], mask=inside[:, None] & mk[None, :], other=0.0)
-        b_v = tl.load(v + row[:, None] * V + ov[None, :], mask=inside[:, None] & mv[None, :], other=0.0)
-        b_x = tl.load(x + row[:, None] * BT + oi[None, :], mask=inside[:, None], other=0.0)
-        b_beta = tl.load(beta + row, mask=inside, other=0.0)
-        c, last = chunk_gates(g, row, inside, GATED, BT)
+        row, row_q = (start + i_t * BT) * G + i_g, (start + i_t * BT) * H + i_h
+        b_k = tl.load(k + row * K + tokens[:, None] * K + ok[None, :], mask=inside[:, None] & mk[None, :], other=0.0)
+        b_v = tl.load(v + row * V + tokens[:, None] * V + ov[None, :], mask=inside[:, None] & mv[None, :], other=0.0)
+        b_x = tl.load(x + row * BT + tokens[:, None] * BT + oi[None, :], mask=inside[:, None], other=0.0)
+        b_beta = tl.load(beta + row + tokens, mask=inside, other=0.0)
+        c, last = chunk_gates(g + row + tokens, inside, GATED, BT)
         if STATES:
             tl.store(hs + tile, state.to(hs.dtype.element_ty), mask=whole)
             hs += H * K * V
@@ -105,7 +105,7 @@ def delta_kernel(
         right = (b_v - seen) * b_beta[:, None]
         b_u = tl.dot(b_x, right.to(b_x.dtype), input_precision=PRECISION).to(b_v.dtype)
         if OUTPUT:
-            b_q = tl.load(q + row_q[:, None] * K + ok[None, :], mask=inside[:, None] & mk[None, :], other=0.0)
+            b_q = tl.load(q + row_q * K + tokens_q[:, None] * K + ok[None, :], mask=inside[:, None] & mk[None, :], other=0.0)
             weights = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             past = tl.dot(b_q, b_s, input_precision=PRECISION)
             if GATED:
@@ -114,7 +114,7 @@ def delta_kernel(
             else:
                 weights = tl.where(oi[:, None] >= oi[None, :], weights, 0.0)
             b_o = tl.dot(weights.to(b_u.dtype), b_u, past, input_precision=PRECISION) * scale
-            tl.store(o + row_q[:, None] * V + ov[None, :], b_o.to(o.dtype.element_ty), mask=inside[:, None] & mv[None, :])
+            tl.store(o + row_q * V + tokens_q[:, None] * V + ov[None, :], b_o.to(o.dtype.element_ty), mask=inside[:, None] & mv[None, :])
         if GATED:
             b_k = (b_k * tl.exp2((last - c) * LOG2E)[:, None]).to(b_k.dtype)
             state *= tl.exp2(last * LOG2E)
@@ -137,6 +137,7 @@ def delta_back_kernel(
     i_g = i_h // R
     start, length = bounds(cu, i_n, T, VARLEN)
     oi, ok, ov = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    tokens, tokens_q = oi * G, oi * H
     mk, mv = ok < K, ov < V
     tile = ok[:, None] * V + ov[None, :]
     whole = mk[:, None] & mv[None, :]
@@ -150,14 +151,13 @@ def delta_back_kernel(
         i_t = chunks - 1 - n
         t = i_t * BT + oi
         inside = t < length
-        row = (start + t) * G + i_g
-        row_q = (start + t) * H + i_h
-        b_q = tl.load(q + row_q[:, None] * K + ok[None, :], mask=inside[:, None] & mk[None, :], other=0.0)
-        b_k = tl.load(k + row[:, None] * K + ok[None, :], mask=inside[:, None] & mk[None, :], other=0.0)
-        b_do = tl.load(do + row_q[:, None] * V + ov[None, :], mask=inside[:, None] & mv[None, :], other=0.0)
-        b_x = tl.load(x + row[:, None] * BT + oi[None, :], mask=inside[:, None], other=0.0)
-        b_beta = tl.load(beta + row, mask=inside, other=0.0)
-        c, last = chunk_gates(g, row, inside, GATED, BT)
+        row, row_q = (start + i_t * BT) * G + i_g, (start + i_t * BT) * H + i_h
+        b_q = tl.load(q + row_q * K + tokens_q[:, None] * K + ok[None, :], mask=inside[:, None] & mk[None, :], other=0.0)
+        b_k = tl.load(k + row * K + tokens[:, None] * K + ok[None, :], mask=inside[:, None] & mk[None, :], other=0.0)
+        b_do = tl.load(do + row_q * V + tokens_q[:, None] * V + ov[None, :], mask=inside[:, None] & mv[None, :], other=0.0)
+        b_x = tl.load(x + row * BT + tokens[:, None] * BT + oi[None, :], mask=inside[:, None], other=0.0)
+        b_beta = tl.load(beta + row + tokens, mask=inside, other=0.0)
+        c, last = chunk_gates(g + row + tokens, inside, GATED, BT)
         tl.store(ds + tl.cast(i_t, tl.int64) * (H * K * V) + tile, state.to(ds.dtype.element_ty), mask=whole)
         turned = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         if GATED:
@@ -198,14 +198,14 @@ def delta_gradient_kernel(
     mk = ok < K
     t = i_t * BT + oi
     inside = t < length
-    row = (start + t) * G + i_g
-    row_q = (start + t) * H + i_h
+    row, row_q = (start + i_t * BT) * G + i_g, (start + i_t * BT) * H + i_h
+    tokens, tokens_q = oi * G, oi * H
     m = inside[:, None] & mk[None, :]
-    b_q = tl.load(q + row_q[:, None] * K + ok[None, :], mask=m, other=0.0)
-    b_k = tl.load(k + row[:, None] * K + ok[None, :], mask=m, other=0.0)
-    b_x = tl.load(x + row[:, None] * BT + oi[None, :], mask=inside[:, None], other=0.0)
-    b_beta = tl.load(beta + row, mask=inside, other=0.0)
-    c, last = chunk_gates(g, row, inside, GATED, BT)
+    b_q = tl.load(q + row_q * K + tokens_q[:, None] * K + ok[None, :], mask=m, other=0.0)
+    b_k = tl.load(k + row * K + tokens[:, None] * K + ok[None, :], mask=m, other=0.0)
+    b_x = tl.load(x + row * BT + tokens[:, None] * BT + oi[None, :], mask=inside[:, None], other=0.0)
+    b_beta = tl.load(beta + row + tokens, mask=inside, other=0.0)
+    c, last = chunk_gates(g + row + tokens, inside, GATED, BT)
     slot = start // BT + i_n + i_t
     hs += (slot * G + i_g) * K * V
     ds += (slot * H + i_h) * K * V
@@ -224,8 +224,8 @@ def delta_gradient_kernel(
         ov = i_v * BV + tl.arange(0, BV)
         mv = inside[:, None] & (ov < V)[None, :]
         tile, whole = ok[:, None] * V + ov[None, :], mk[:, None] & (ov < V)[None, :]
-        b_v = tl.load(v + row[:, None] * V + ov[None, :], mask=mv, other=0.0)
-        b_do = tl.load(do + row_q[:, None] * V + ov[None, :], mask=mv, other=0.0)
+        b_v = tl.load(v + row * V + tokens[:, None] * V + ov[None, :], mask=mv, other=0.0)
+        b_do = tl.load(do + row_q * V + tokens_q[:, None] * V + ov[None, :], mask=mv, other=0.0)
         b_s = tl.load(hs + tile, mask=whole, other=0.0)
         b_ds = tl.load(ds + tile, mask=whole, other=0.0)
         seen = tl.dot(b_k, b_s, input_precision=PRECISION) * ahead[:, None]
@@ -238,7 +238,7 @@ def delta_gradient_kernel(
         d_a = tl.dot(dr.to(b_u.dtype), tl.trans(b_u), d_a, input_precision=PRECISION)
         d_beta += tl.sum(dr * wrong, 1)
         dr *= b_beta[:, None]
-        tl.store(dv + row_q[:, None] * V + ov[None, :], dr.to(dv.dtype.element_ty), mask=mv)
+        tl.store(dv + row_q * V + tokens_q[:, None] * V + ov[None, :], dr.to(dv.dtype.element_ty), mask=mv)
         d_c -= tl.sum(dr * seen, 1)
         read = tl.dot(b_do, tl.trans(b_s), input_precision=PRECISION)
         d_q += read
@@ -267,8 +267,8 @@ def delta_gradient_kernel(
     d_k = tl.dot(tl.trans(low_p), b_q, d_k, input_precision=PRECISION)
     d_k = tl.dot(low_a, b_k, d_k, input_precision=PRECISION)
     d_k = tl.dot(tl.trans(low_a), b_k, d_k, input_precision=PRECISION)
-    tl.store(dq + row_q[:, None] * K + ok[None, :], d_q.to(dq.dtype.element_ty), mask=m)
-    tl.store(dk + row_q[:, None] * K + ok[None, :], d_k.to(dk.dtype.element_ty), mask=m)
-    tl.store(dbeta + row_q, d_beta, mask=inside)
+    tl.store(dq + row_q * K + tokens_q[:, None] * K + ok[None, :], d_q.to(dq.dtype.element_ty), mask=m)
+    tl.store(dk + row_q * K + tokens_q[:, None] * K + ok[None, :], d_k.to(dk.dtype.element_ty), mask=m)
+    tl.store(dbeta + row_q + tokens_q, d_beta, mask=inside)
     if GATED:  # c_i is the sum of the gates up to i, and `last` of all of them
-        tl.store(dg + row_q, d_last + tl.sum(d_c, 0) - tl.cumsum(d_c, 0) + d_c, mask=inside)
+        tl.store(dg + row_q + tokens_q, d_last + tl.sum(d_c, 0) - tl.cumsum(d_c, 0) + d_c, mask=inside)
