@@ -88,7 +88,7 @@ def band_forward_kernel(
         here = t < length
         b_q = tl.load(q + t0 * (H * K) + at_q, mask=here[:, None] & mk[None, :], other=0.0)
         oldest = t + (before - window)  # the slot that leaves when query t arrives, and the first block's slots
-        there = here & (oldest >= 0)
+        there = (oldest >= 0) & (oldest < length + before)
         low = t0 + (before - window)
         b_k = tl.load(k + low * (G * K) + at_k, mask=there[:, None] & mk[None, :], other=0.0)
         b_v = tl.load(v + low * (G * V) + at_v, mask=there[:, None] & mv[None, :], other=0.0)
