@@ -7,19 +7,21 @@ import torch
 import triton
 from torch import Tensor
 
-from subquad.kernels.triton.launch import SEGMENT_TOKENS, Packing, Tiles, pad, precision_of
+from subquad.kernels.triton.launch import SEGMENT_TOKENS, Packing, Tiles, pad, precision_of, roomy
 from subquad.kernels.triton.scan import decay_gradient_kernel, scan_kernel
 
 NONE, SCALAR, KEYS, VALUES = 0, 1, 2, 3
 
 
-def scan_tiles(K: int, V: int, decay: int, wide: bool) -> Tiles:
-    """The state K x BV lives in registers, so their product is bounded; `wide`: 4-byte inputs take half the chunk."""
+def scan_tiles(K: int, V: int, decay: int, wide: bool, roomy: bool) -> Tiles:
+    """The state K x BV lives in registers, so their product is bounded: by 128 x 128 where matrix units read shared memory (`roomy`), by half of that
+    where they read registers. A decay per feature needs several scaled copies of a chunk, 4-byte inputs (`wide`) twice the space.
+    """
     BK = pad(K)
-    BV = min(pad(V), max(16, 16384 // BK))
-    warps = 8 if BK * BV > 4096 else 4
-    BT = 32 if decay >= KEYS or BK * BV > 8192 or wide else 64
-    return Tiles(BT, BV, warps, 1 if wide else 2)
+    if decay >= KEYS:
+        return Tiles(16, min(pad(V), 32 if decay == VALUES else max(16, 8192 // BK)), 4 if BK <= 64 else 8, 1)
+    BV = min(pad(V), max(16, (16384 if roomy and not wide else 8192) // BK))
+    return Tiles(32, BV, 8 if BK * BV > 8192 else 4, 1 if wide else 2)
 
 
 def scan(
@@ -31,13 +33,13 @@ def scan(
     initial: (tensor, heads it has); final: a tensor for `heads` heads; initial_strides: (head, k, v) of both. states: only leave the states there.
     """
     K, V = q.shape[-1], v.shape[-1]
-    tiles = scan_tiles(K, V, decay, v.element_size() == 4)
+    tiles = scan_tiles(K, V, decay, v.element_size() == 4, roomy(v))
     seg, blocks = SEGMENT_TOKENS // tiles.BT, triton.cdiv(V, tiles.BV)
     h0, h0_heads = initial if initial is not None else (q, heads)
     strides = initial_strides or (K * V, V, 1)
     common = dict(
         scale=scale, T=packing.T, TQ=q.shape[1], TK=k.shape[1], shift_q=shift_q, shift_k=shift_k, skip_q=skip_q, skip_k=skip_k,
-        stride_head=strides[0], stride_k=strides[1], stride_v=strides[2], H=heads, RQ=heads // q.shape[2], RK=heads // k.shape[2],
+        stride_head=strides[0], stride_k=strides[1], stride_v=strides[2], zero=0, H=heads, RQ=heads // q.shape[2], RK=heads // k.shape[2],
         RG=1 if log_decay is None else heads // log_decay.shape[2], RS=heads // h0_heads, K=K, V=V, BT=tiles.BT, BK=pad(K), BV=tiles.BV, SEG=seg,
         LEVELS=tiles.BT.bit_length() - 1, DECAY=decay, EXTRA=extra_side, REVERSE=reverse, VARLEN=packing.cu is not None,
         PRECISION=precision_of(v, precision), **tiles.options,

@@ -3,8 +3,14 @@
 Key: as in subquad.kernels.ops.
 """
 
+import os
+
+import torch
+from torch import Tensor
+
 from subquad.kernels.triton.additive import Additive
 from subquad.kernels.triton.delta import Delta
+from subquad.kernels.triton.steps import step, window_step
 from subquad.kernels.triton.window import Banded, WindowLinear
 
 
@@ -56,3 +62,43 @@ def window_linear(
         *map(_plain, (q, k, v, fq, fk, mix)), _f32(log_decay), _f32(initial_state), _plain(sink_k_BNGK), _plain(sink_v_BNGV), window, sinks, scale,
         position, output_final_state, cu_seqlens, input_precision,
     )  # fmt: skip
+
+
+def additive_step(q, k, v, state, log_decay=None, *, scale=1.0):
+    """`ops.additive_step`."""
+    return step(*map(_plain, (q, k, v)), None, _f32(log_decay), state, scale)
+
+
+def delta_step(q, k, v, beta, state, log_decay=None, *, scale=1.0):
+    """`ops.delta_step`."""
+    return step(*map(_plain, (q, k, v)), _f32(beta), _f32(log_decay), state, scale)
+
+
+def window_linear_step(
+    q, k, v, fq=None, mix=None, state=None, left_fk=None, left_v=None, log_decay=None, *, scale=None, sink_k_BNGK=None, sink_v_BNGV=None
+):
+    """`ops.window_linear_step`."""
+    given = (q, k, v, fq, mix, None, left_fk, left_v)
+    q, k, v, fq, mix, _, left_fk, left_v = map(_plain, given)
+    return window_step(q, k, v, fq, mix, state, left_fk, left_v, _f32(log_decay), scale, _plain(sink_k_BNGK), _plain(sink_v_BNGV))
+
+
+LARGEST_HEAD = 256  # sizes of keys, values and features the tiles are laid out for
+
+
+def why_not(op, args, kwargs):
+    """Why this call cannot run here; None when it can."""
+    q = args[0]
+    if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its tensors are on the CPU and Triton needs a GPU (TRITON_INTERPRET=1 runs it, slowly, in Triton's interpreter)"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes with float16, bfloat16 or float32 inputs, not {str(q.dtype).removeprefix('torch.')}"
+    sizes = [x.shape[-1] for x in args[: 5 if op.startswith("window") else 3] if isinstance(x, Tensor) and x.dim() == q.dim()]
+    if max(sizes) > LARGEST_HEAD:
+        return f"heads of size {max(sizes)}; it takes up to {LARGEST_HEAD}"
+    if op == "banded":
+        if kwargs.get("weight", "softmax") != "softmax":
+            return f"weight {kwargs['weight']!r}; it has softmax only"
+        if kwargs.get("softcap") is not None:
+            return "softcap"
+    return None

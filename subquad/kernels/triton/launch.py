@@ -3,6 +3,7 @@
 Key: T tokens, N sequences, K features, V columns.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import triton
 from torch import Tensor
 
 SEGMENT_TOKENS = 256  # tokens between two kept states when a sequence is walked by many programs
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FILL = 64  # programs below which one per head leaves most of a GPU idle
 SEGMENTED_FROM = 1024  # tokens below which a second launch costs more than it gains
 
@@ -38,6 +40,12 @@ def precision_of(x: Tensor, asked: str | None) -> str:
     if asked is not None:
         return asked
     return "tf32x3" if x.device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def roomy(x: Tensor) -> bool:
+    """True where matrix units take operands from shared memory (NVIDIA from compute capability 9 on), so that registers are left for a large state."""
+    target = triton.runtime.driver.active.get_current_target() if not INTERPRETED else None
+    return target is None or (target.backend == "cuda" and target.arch >= 90)
 
 
 @dataclass(frozen=True)

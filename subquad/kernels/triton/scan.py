@@ -27,7 +27,7 @@ from subquad.kernels.triton.pieces import LOG2E, bounds, causal_mask, level_deca
 @triton.jit
 def scan_kernel(
     q, k, v, g, x, o, h0, ht, hs, cu,
-    scale, T, TQ, TK, shift_q, shift_k, skip_q, skip_k, stride_head, stride_k, stride_v,
+    scale, T, TQ, TK, shift_q, shift_k, skip_q, skip_k, stride_head, stride_k, stride_v, zero,
     H: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr, RG: tl.constexpr, RS: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SEG: tl.constexpr, LEVELS: tl.constexpr,
     MODE: tl.constexpr, DECAY: tl.constexpr, EXTRA: tl.constexpr, REVERSE: tl.constexpr,
@@ -64,7 +64,6 @@ def scan_kernel(
     g += (start * HG + i_h // RG) * GATES
     x += start * H + i_h
     hs += ((start // (SEG * BT) + i_n) * H + i_h) * ROWS * V
-    tile = ok[:, None] * stride_k + ov[None, :] * stride_v
     inside = mk[:, None] & mv[None, :]
     at_q, at_k = oi[:, None] * (HQ * K) + ok[None, :], oi[:, None] * (HK * K) + ok[None, :]
     at_v, at_o = oi[:, None] * (HK * V) + ov[None, :], oi[:, None] * (H * V) + ov[None, :]
@@ -78,7 +77,7 @@ def scan_kernel(
             extra += tl.load(hs + K * V + ov, mask=mv, other=0.0)
     elif USE_H0:
         h0 += (i_n.to(tl.int64) * (H // RS) + i_h // RS) * stride_head
-        state += tl.load(h0 + tile, mask=inside, other=0.0)
+        state += tl.load(h0 + ok[:, None] * stride_k + ov[None, :] * stride_v, mask=inside, other=0.0)
         if EXTRA > 0:
             extra += tl.load(h0 + K * stride_k + ov * stride_v, mask=mv, other=0.0)
         if REVERSE:  # the heads of a group are summed afterwards, and the gradient of their one final state counts once
@@ -188,7 +187,9 @@ def scan_kernel(
             extra += tl.sum(each[:, None] * b_v, 0)
     if STORE_HT:
         ht += i_nh.to(tl.int64) * stride_head
-        tl.store(ht + tile, state, mask=inside)
+        # `zero` keeps the compiler from carrying this tile of addresses through the loop in registers.
+        later_k, later_v = ok + zero, ov + zero
+        tl.store(ht + later_k[:, None] * stride_k + later_v[None, :] * stride_v, state, mask=(later_k < K)[:, None] & (later_v < V)[None, :])
         if EXTRA > 0:
             tl.store(ht + K * stride_k + ov * stride_v, extra, mask=mv)
 
