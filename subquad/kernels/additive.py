@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Vector decay multiplies keys by exp(-cumulative log decay). Chunks of 32 with the offset in the middle keep the exponent below 88 (fp32 limit)
-# as long as one step decays by less than exp(-5); `additive_chunk` clamps there, below any gate that mixers produce (log sigmoid / 16).
+# as long as one step decays by less than exp(-5), below any gate that mixers produce (log sigmoid / 16). Stronger ones are computed in fp64, whose
+# exponents reach to 709: exact to exp(-40) a step, where they are clamped.
 CHUNK_PLAIN = 64
 CHUNK_VECTOR = 32
 MIN_LOG_DECAY = -5.0
+LOWEST = -40.0
 
 
 def additive_definition(
@@ -54,9 +56,11 @@ def additive_chunk(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: T
     B, T, G, R, feat = q_BTGRF.shape
     vector = log_decay is not None and log_decay.dim() == 4
     C = min(CHUNK_VECTOR if vector else CHUNK_PLAIN, max(T, 1))
-    q = _chunks(q_BTGRF.float(), C).transpose(3, 4)  # [B, G, N, R, C, F]
-    k, v = _chunks(k_BTGF.float(), C), _chunks(v_BTGV.float(), C)  # [B, G, N, C, F | V]
-    state = k.new_zeros(B, G, feat, v.shape[-1]) if initial_state is None else initial_state.float()
+    strong = vector and bool((log_decay < MIN_LOG_DECAY).any())
+    dtype = torch.float64 if strong else torch.float32
+    q = _chunks(q_BTGRF.to(dtype), C).transpose(3, 4)  # [B, G, N, R, C, F]
+    k, v = _chunks(k_BTGF.to(dtype), C), _chunks(v_BTGV.to(dtype), C)  # [B, G, N, C, F | V]
+    state = k.new_zeros(B, G, feat, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
     mask = torch.ones(C, C, dtype=torch.bool, device=k.device).tril()
 
     if log_decay is None:
@@ -66,7 +70,7 @@ def additive_chunk(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: T
         before, state = running[:, :, :-1], running[:, :, -1]
         out = weights @ v.unsqueeze(3) + q @ before.unsqueeze(3)
     else:
-        log = log_decay.float().clamp_min(MIN_LOG_DECAY) if vector else log_decay.float()
+        log = log_decay.to(dtype).clamp_min(LOWEST) if vector else log_decay.float()
         log = _chunks(log, C)  # [B, G, N, C] or [B, G, N, C, F]
         c = log.cumsum(3)
         last = c[:, :, :, -1:]
@@ -85,4 +89,4 @@ def additive_chunk(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: T
             before.append(state)
             state = state * fade[:, :, n] + sums[:, :, n]
         out = weights @ v.unsqueeze(3) + (q * read) @ torch.stack(before, 2).unsqueeze(3)
-    return out.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)[:, :T], state
+    return out.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)[:, :T].float(), state.float()

@@ -9,12 +9,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from subquad.kernels.additive import additive_chunk
-from subquad.kernels.delta import delta_chunk
+from subquad.kernels import ops
 from subquad.linearize.mixers.base import AttentionCall, HeadShape, Mixer
 from subquad.linearize.mixers.feature_maps import FEATURE_MAPS, LearnedMap
 from subquad.linearize.mixers.gates import InputGate, log_decay
-from subquad.linearize.mixers.local import Local, local_attention
+from subquad.linearize.mixers.local import Local, extend, local_attention, one_token, plain_position, remember
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -66,6 +65,10 @@ class Cell(Mixer):
             self.read_scale = nn.Parameter(torch.ones(G, R))
 
     def forward(self, call: AttentionCall) -> Tensor:
+        if self.write == "additive" and self.combine == "joint":
+            position = plain_position(call)
+            if position is not None:
+                return self._joint(call, position)
         beta = None if self.beta is None else torch.sigmoid(self.beta(call.hidden_BTD))
         local = local_attention(call, self.window, self.sinks, beta)
         memory = call.state.memory if call.state is not None else None
@@ -82,11 +85,43 @@ class Cell(Mixer):
             call.state.memory = memory
         return out.to(call.v_BTGV.dtype)
 
+    def _joint(self, call: AttentionCall, position: int) -> Tensor:
+        """Window, sinks and linear branch in one pass; a decode step has its own."""
+        slots, T, state = extend(call, self.sinks), call.k_BTGK.shape[1], call.state
+        memory = state.memory if state is not None else None
+        q = call.q_BTGRK.flatten(2, 3)
+        older = slots.before + T > self.window  # something leaves the window in this call
+        decay = None if self.decay is None or not older else log_decay(self.decay(call.hidden_BTD))
+        step = state is not None and one_token(call) and position >= self.window + self.sinks and memory is not None
+        if step:
+            out = ops.window_linear_step(
+                q[:, 0], slots.k[:, 1:], slots.v[:, 1:], self.map_q(call.q_BTGRK)[:, 0].flatten(1, 2), self.mix(call.hidden_BTD)[:, 0].flatten(1),
+                memory, self.map_k(slots.k[:, :1])[:, 0], slots.v[:, 0], None if decay is None else decay[:, 0], scale=call.scale,
+                sink_k_BNGK=slots.sink_k, sink_v_BNGV=slots.sink_v,
+            ).unsqueeze(1)  # fmt: skip
+        elif not older:
+            numerator, denominator, _ = ops.banded(
+                q, slots.k, slots.v, window=self.window, sinks=self.sinks, scale=call.scale, position=position, **slots.given_sinks(position)
+            )
+            out = numerator / denominator.unsqueeze(-1)
+        else:
+            out, memory = ops.window_linear(
+                q, slots.k, slots.v, self.map_q(call.q_BTGRK).flatten(2, 3), self.map_k(slots.k), self.mix(call.hidden_BTD).flatten(2), decay,
+                window=self.window, sinks=self.sinks, scale=call.scale, position=position, initial_state=memory,
+                output_final_state=state is not None, **slots.given_sinks(position),
+            )  # fmt: skip
+        remember(call, slots, self.window)
+        if state is not None:
+            state.memory = memory
+        return out.unflatten(2, call.q_BTGRK.shape[2:4]).to(call.v_BTGV.dtype)
+
     def _read_additive(self, call: AttentionCall, local: Local, decay: Tensor | None, memory: Tensor | None):
         weight = local.left_BT[..., None, None].float()
         keys = self.map_k(local.left_k) * weight
         values = torch.cat([local.left_v.float(), torch.ones_like(local.left_v[..., :1], dtype=torch.float32)], -1)
-        y, memory = additive_chunk(self.map_q(call.q_BTGRK), keys, values, decay, memory)
+        q = self.map_q(call.q_BTGRK)
+        y, memory = ops.additive(q.flatten(2, 3), keys, values, decay, initial_state=memory, output_final_state=call.state is not None)
+        y = y.unflatten(2, q.shape[2:4])
         numerator, denominator = y[..., :-1], y[..., -1]
         mix = self.mix(call.hidden_BTD)
         if self.combine == "joint":
@@ -102,7 +137,10 @@ class Cell(Mixer):
 
     def _read_delta(self, call: AttentionCall, local: Local, decay: Tensor | None, memory: Tensor | None):
         beta = local.left_extra.squeeze(-1) * local.left_BT.unsqueeze(-1)
-        y, memory = delta_chunk(self.map_q(call.q_BTGRK), self.map_k(local.left_k), local.left_v.float(), beta, decay, memory)
+        q, k = self.map_q(call.q_BTGRK), self.map_k(local.left_k)
+        more = dict(initial_state=memory, output_final_state=call.state is not None, out_dtype=torch.float32)
+        y, memory = ops.delta(q.flatten(2, 3), k, local.left_v, beta, decay, **more)
+        y = y.unflatten(2, q.shape[2:4])
         share = torch.sigmoid(self.mix(call.hidden_BTD)) * _some_older(local)
         return local.output() * (1 - share).unsqueeze(-1) + y * (share * self.read_scale.float()).unsqueeze(-1), memory
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.kernels import ops
 from subquad.kernels.banded import banded_blocks
 from subquad.linearize.mixers.base import AttentionCall
 
@@ -37,9 +38,68 @@ class Local:
         return self.numerator / self.denominator.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
 
 
+def plain_position(call: AttentionCall) -> int | None:
+    """The tokens that came before this call, where all rows agree and the scores are plain: what the ops take. None: the masked form is needed.
+
+    Without a state filler needs no mask: it follows the real tokens, which do not look ahead.
+    """
+    state = call.state
+    if call.softcap is not None or call.sink_logit_GR is not None or (call.real_BT is not None and state is not None):
+        return None
+    if state is None or state.seen_B is None:
+        return 0
+    return state.fewest if bool((state.seen_B == state.fewest).all()) else None
+
+
+def one_token(call: AttentionCall) -> bool:
+    """A decode step without gradients: the ops have a form for it."""
+    return call.k_BTGK.shape[1] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (call.q_BTGRK, call.k_BTGK, call.v_BTGV)))
+
+
+@dataclass
+class Extended:
+    """The window of earlier calls with this call's tokens behind it: X = W' + T slots, and each row's sinks."""
+
+    k: Tensor
+    v: Tensor
+    extra: Tensor | None
+    before: int
+    sink_k: Tensor | None
+    sink_v: Tensor | None
+
+    def given_sinks(self, seen: int) -> dict[str, Tensor | None]:
+        """Sinks for an op call: apart from the slots unless the slots begin with them."""
+        return {} if seen == 0 or self.sink_k is None else {"sink_k_BNGK": self.sink_k, "sink_v_BNGV": self.sink_v}
+
+
+def extend(call: AttentionCall, sinks: int, extra_BTGX: Tensor | None = None) -> Extended:
+    state = call.state
+    if state is None:
+        return Extended(call.k_BTGK, call.v_BTGV, extra_BTGX, 0, None, None)
+    seen_B = state.seen_B if state.seen_B is not None else torch.zeros(call.k_BTGK.shape[0], dtype=torch.long, device=call.k_BTGK.device)
+    sink_k, sink_v = _sinks(call, sinks, seen_B, state.fewest)
+    k, v, extra, before = call.k_BTGK, call.v_BTGV, extra_BTGX, 0
+    if state.window_k is not None:
+        before = state.window_k.shape[1]
+        k, v = torch.cat([state.window_k, k], 1), torch.cat([state.window_v, v], 1)
+        extra = None if extra is None else torch.cat([state.window_extra, extra], 1)
+    return Extended(k, v, extra, before, sink_k, sink_v)
+
+
+def remember(call: AttentionCall, slots: Extended, window: int) -> None:
+    """Update the state's window, sinks and counts after a call that `plain_position` allowed."""
+    if call.state is not None:
+        B = call.k_BTGK.shape[0]
+        seen_B = call.state.seen_B if call.state.seen_B is not None else torch.zeros(B, dtype=torch.long, device=call.k_BTGK.device)
+        _remember(call, slots.k, slots.v, slots.extra, slots.before, window, seen_B, slots.sink_k, slots.sink_v)
+
+
 def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Tensor | None = None) -> Local:
     """Attend, hand out what leaves the window, and update the state's window, sinks and token counts."""
     B, T = call.k_BTGK.shape[:2]
+    position = plain_position(call)
+    if position is not None:
+        return _plain(call, extend(call, sinks, extra_BTGX), position, window, sinks)
     state = call.state
     seen_B = state.seen_B if state is not None and state.seen_B is not None else torch.zeros(B, dtype=torch.long, device=call.k_BTGK.device)
     fewest = state.fewest if state is not None else 0
@@ -67,6 +127,23 @@ def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Te
             local.left_BT = local.left_BT & call.real_BT
     if state is not None:
         _remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v)
+    return local
+
+
+def _plain(call: AttentionCall, slots: Extended, position: int, window: int, sinks: int) -> Local:
+    B, T = call.k_BTGK.shape[:2]
+    found = ops.banded(
+        call.q_BTGRK.flatten(2, 3), slots.k, slots.v, window=window, sinks=sinks, scale=call.scale, position=position, **slots.given_sinks(position)
+    )
+    G = call.k_BTGK.shape[2]
+    local = Local(*(x.unflatten(2, (G, -1)) for x in found))
+    early = window - slots.before
+    if T > early:
+        local.left_k, local.left_v, local.left_extra = (None if x is None else _leaving(x, early, T) for x in (slots.k, slots.v, slots.extra))
+        local.left_BT = (torch.arange(T, device=slots.k.device) + (position - window) >= sinks).expand(B, -1)
+        if call.real_BT is not None:
+            local.left_BT = local.left_BT & call.real_BT
+    remember(call, slots, window)
     return local
 
 
@@ -99,7 +176,8 @@ def _remember(call, k, v, extra, before, window, seen_B, sink_k, sink_v) -> None
     keep = min(window, before + T)
     if call.real_BT is None:
         counts, fewest = T, T
-        take = lambda x: x[:, -keep:].clone()  # noqa: E731  (a view would keep the whole prompt alive)
+        # A view would keep the whole prompt alive; a few slots more do no harm.
+        take = lambda x: x[:, -keep:] if x.shape[1] <= 2 * keep else x[:, -keep:].clone()  # noqa: E731
     else:
         counts, fewest = call.real_BT.sum(1), call.fewest
         index = ((before + counts)[:, None] - keep + torch.arange(keep, device=k.device)).clamp_min(0)

@@ -2,10 +2,23 @@
 
 from torch import Tensor
 
+from subquad.kernels import ops
 from subquad.linearize.mixers.base import AttentionCall, Mixer
-from subquad.linearize.mixers.local import local_attention
+from subquad.linearize.mixers.local import extend, local_attention, one_token, plain_position, remember
 
 
 class Window(Mixer):
     def forward(self, call: AttentionCall) -> Tensor:
+        if call.state is not None and call.state.fewest >= self.window + self.sinks and one_token(call) and plain_position(call) is not None:
+            slots = extend(call, self.sinks)
+            out = ops.window_linear_step(
+                call.q_BTGRK[:, 0].flatten(1, 2),
+                slots.k[:, -self.window :],
+                slots.v[:, -self.window :],
+                scale=call.scale,
+                sink_k_BNGK=slots.sink_k,
+                sink_v_BNGV=slots.sink_v,
+            )
+            remember(call, slots, self.window)
+            return out.view(*call.q_BTGRK.shape[:4], -1).to(call.v_BTGV.dtype)
         return local_attention(call, self.window, self.sinks).output().to(call.v_BTGV.dtype)

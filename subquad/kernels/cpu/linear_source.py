@@ -1,0 +1,360 @@
+"""C++: the additive recurrence, chunk by chunk, forward and backward; op 1, and the linear half of op 5.
+
+Within a chunk, c_t is the running sum of log decays. No exponential of a difference is taken: pair decays are running products of exp(g_t) <= 1, so
+nothing overflows however strong the decay, and vanishing products are zeros. Backward walks the chunks from the end with the states before each
+chunk recomputed. Gradients of log decays are prefix or suffix sums inside a chunk plus what crosses it whole; no difference of large sums.
+"""
+
+SOURCE = r"""
+enum { PLAIN = 0, SCALAR = 1, VECTOR = 2 };
+
+struct Linear {  // one (sequence, key/value head)
+  int K, V, Kp, Vp, mode, n;  // n: rows of a chunk
+  bool sums;                  // also sums of features (the denominator): z
+  float *S, *z, *kT, *kk, *kw, *vv, *D, *ec, *wr, *fade, *e, *P, *qs;
+  bool empty = true;  // S and z are zeros
+
+  Linear(int K, int V, int mode, bool sums) : K(K), V(V), Kp(up(K)), Vp(up(V)), mode(mode), n(mode == VECTOR ? 16 : 64), sums(sums) {
+    S = arena.zeros(Kp * Vp), z = arena.zeros(Kp);
+    kT = arena.get(Kp * n), kk = arena.get(Kp * n), kw = arena.get(Kp * n), vv = arena.get(n * Vp);
+    D = arena.zeros(n * n), P = arena.zeros(n * n), qs = arena.get(n * Kp);
+    int width = mode == VECTOR ? Kp : 1;
+    ec = arena.get(n * width), wr = arena.get(n * width), e = arena.get(n * width), fade = arena.get(Kp);
+  }
+  // g: where the decays of rows t.. stand (time of the queries); outside the sequence there is no decay.
+  void decays(const Tensor& g, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
+    if (mode == PLAIN) return;
+    if (mode == SCALAR) {
+      load_column(g, b, t, h, n, lo, hi, e);
+      for (int i = 0; i < n; i += L) st(e + i, vexp(ld(e + i)));
+      float p = 1, s = 1;
+      for (int i = 0; i < n; i++) ec[i] = p *= e[i];
+      for (int i = n - 1; i >= 0; i--) wr[i] = s, s *= e[i];
+      fade[0] = p;
+      for (int i = 0; i < n; i++) {
+        if (i)
+          for (int j = 0; j < up(i); j += L) st(D + i * n + j, e[i] * ld(D + (i - 1) * n + j));
+        D[i * n + i] = 1;
+        for (int j = i + 1; j < n && j < up(i + MR); j++) D[i * n + j] = 0;
+      }
+      return;
+    }
+    load_tile(g, b, t, h, n, K, lo, hi, e);
+    for (int i = 0; i < n * Kp; i += L) st(e + i, vexp(ld(e + i)));
+    for (int f = 0; f < Kp; f += L) {
+      vf p = bc(1), s = bc(1);
+      for (int i = 0; i < n; i++) p = p * ld(e + i * Kp + f), st(ec + i * Kp + f, p);
+      for (int i = n - 1; i >= 0; i--) st(wr + i * Kp + f, s), s = s * ld(e + i * Kp + f);
+      st(fade + f, p);
+    }
+  }
+  // Keys and values that are written during this chunk: rows `from`.. (they may be other tokens than the queries').
+  void keys(const Tensor& k, const Tensor& v, int64_t b, int64_t from, int64_t h, int64_t lo, int64_t hi) {
+    load_tile(k, b, from, h, n, K, lo, hi, kk);
+    load_tile(v, b, from, h, n, V, lo, hi, vv);
+    if (mode != VECTOR) transpose(n, Kp, kk, Kp, kT, n);
+  }
+  void mask_rows(float* X) {
+    for (int i = 0; i < n; i++) {
+      float* x = X + i * n;
+      int cols = up(i / MR * MR + MR);
+      if (cols > n) cols = n;
+      if (mode == SCALAR) {
+        for (int j = 0; j < cols; j += L) st(x + j, ld(x + j) * ld(D + i * n + j));
+        for (int j = i + 1; j < cols; j++) x[j] = 0;
+      } else
+        for (int j = i + 1; j < cols; j++) x[j] = 0;
+    }
+  }
+  void products(const float* q, int64_t ldq) {  // vector decay: P_tj = sum_f q_t k_j prod e, by running products
+    for (int j = 0; j < n; j++) {
+      memcpy(qs, kk + j * Kp, 4 * Kp);
+      for (int t = j; t < n; t++) {
+        vf s = {};
+        const float *qt = q + t * ldq, *et = e + t * Kp;
+        for (int f = 0; f < Kp; f += L) {
+          vf x = ld(qs + f);
+          if (t > j) x = x * ld(et + f), st(qs + f, x);
+          s += x * ld(qt + f);
+        }
+        P[t * n + j] = hsum(s);
+      }
+      for (int t = 0; t < j; t++) P[t * n + j] = 0;
+    }
+  }
+  // out [n, Vp] = q_t . S_t; den[t] = q_t . z_t
+  void read(const float* q, int64_t ldq, float* out, float* den, const Ahead* ahead = nullptr) {
+    if (mode == VECTOR) {
+      products(q, ldq);
+      for (int t = 0; t < n; t++)
+        for (int f = 0; f < Kp; f += L) st(qs + t * Kp + f, ld(q + t * ldq + f) * ld(ec + t * Kp + f));
+      q = qs, ldq = Kp;
+    } else {
+      lower_product(n, Kp, q, ldq, kT, P, ahead);
+      mask_rows(P);
+    }
+    if (!empty) {
+      gemm<false, false>(n, Vp, Kp, q, ldq, S, Vp, out, Vp);
+      if (mode == SCALAR)
+        for (int t = 0; t < n; t++) scale_row(out + t * Vp, ec[t], Vp);
+      lower_rows<true>(n, Vp, P, n, vv, Vp, out, Vp);
+    } else
+      lower_rows<false>(n, Vp, P, n, vv, Vp, out, Vp);
+    if (den)
+      for (int t = 0; t < n; t++) {
+        vf s = {};
+        int cols = up(t / MR * MR + MR);
+        for (int j = 0; j < cols && j < n; j += L) s += ld(P + t * n + j);
+        den[t] = hsum(s) + (empty ? 0.0f : (mode == SCALAR ? ec[t] : 1.0f) * dot(q + t * ldq, z, Kp));
+      }
+  }
+  void weighted_keys() {  // kw = k faded to the end of the chunk
+    if (mode == PLAIN) return;
+    for (int t = 0; t < n; t++)
+      for (int f = 0; f < Kp; f += L) st(kw + t * Kp + f, ld(kk + t * Kp + f) * (mode == SCALAR ? bc(wr[t]) : ld(wr + t * Kp + f)));
+  }
+  const float* written() { return mode == PLAIN ? kk : kw; }
+  void fade_state(float* X, float* x) {
+    if (mode == PLAIN) return;
+    for (int f = 0; f < Kp; f++) scale_row(X + f * Vp, mode == SCALAR ? fade[0] : fade[f], Vp);
+    for (int f = 0; f < Kp; f += L) st(x + f, ld(x + f) * (mode == SCALAR ? bc(fade[0]) : ld(fade + f)));
+  }
+  void write() {
+    weighted_keys();
+    fade_state(S, z);
+    gemm<true, true>(Kp, Vp, n, written(), Kp, vv, Vp, S, Vp);
+    if (sums)
+      for (int t = 0; t < n; t++) axpy(z, 1.0f, written() + t * Kp, Kp);
+    empty = false;
+  }
+};
+
+struct LinearBackward {  // around a Linear whose S, z are the state before the chunk at hand
+  Linear& l;
+  float *dS, *dz, *ST, *dST, *vT, *G, *dq, *dk, *dv, *dec, *tmp, *un;
+  LinearBackward(Linear& l) : l(l) {
+    int n = l.n, Kp = l.Kp, Vp = l.Vp;
+    dS = arena.zeros(Kp * Vp), dz = arena.zeros(Kp), ST = arena.get(Kp * Vp), dST = arena.get(Kp * Vp), vT = arena.get(Vp * n);
+    G = arena.zeros(n * n), dq = arena.get(n * Kp), dk = arena.get(n * Kp), dv = arena.get(n * Vp), tmp = arena.get(n * Kp), un = arena.get(Kp);
+    dec = arena.get(n * (l.mode == VECTOR ? Kp : 1));
+  }
+  // After keys() and decays(): what the state after the chunk asks of keys, values, decays; then dS becomes the gradient of S before it, queries missing.
+  void begin() {
+    int n = l.n, Kp = l.Kp, Vp = l.Vp;
+    transpose(n, Vp, l.vv, Vp, vT, n);
+    transpose(Kp, Vp, l.S, Vp, ST, Kp);
+    transpose(Kp, Vp, dS, Vp, dST, Kp);
+    l.weighted_keys();
+    gemm<false, false>(n, Kp, Vp, l.vv, Vp, dST, Kp, dk, Kp);
+    if (l.sums)
+      for (int t = 0; t < n; t++) axpy(dk + t * Kp, 1.0f, dz, Kp);
+    gemm<false, false>(n, Vp, Kp, l.written(), Kp, dS, Vp, dv, Vp);
+    if (l.mode == SCALAR) {
+      float through = 0;
+      for (int f = 0; f < Kp; f++) through += dot(l.S + f * Vp, dS + f * Vp, Vp);
+      if (l.sums) through += dot(l.z, dz, Kp);
+      through *= l.fade[0];
+      for (int t = 0; t < n; t++) {
+        dec[t] = through;  // keys written before t, and all of the older state, pass step t
+        scale_row(dk + t * Kp, l.wr[t], Kp);
+        through += dot(dk + t * Kp, l.kk + t * Kp, Kp);
+      }
+    }
+    if (l.mode == VECTOR) {
+      for (int f = 0; f < Kp; f++) un[f] = l.fade[f] * (dot(l.S + f * Vp, dS + f * Vp, Vp) + (l.sums ? l.z[f] * dz[f] : 0.0f));
+      for (int t = 0; t < n; t++) {
+        memcpy(dec + t * Kp, un, 4 * Kp);
+        for (int f = 0; f < Kp; f += L) {
+          vf x = ld(dk + t * Kp + f) * ld(l.wr + t * Kp + f);
+          st(dk + t * Kp + f, x);
+          st(un + f, ld(un + f) + x * ld(l.kk + t * Kp + f));
+        }
+      }
+    }
+    l.fade_state(dS, dz);
+  }
+  // One query head: q [n, Kp], d = gradient of its output [n, Vp], dd = gradient of its denominator [n] or null. Leaves dq; adds to the rest.
+  void head(const float* q, int64_t ldq, const float* d, const float* dd) {
+    if (l.mode == VECTOR) return vector_head(q, ldq, d, dd);
+    int n = l.n, Kp = l.Kp, Vp = l.Vp;
+    lower_product(n, Kp, q, ldq, l.kT, l.P);
+    lower_product(n, Vp, d, Vp, vT, G);
+    l.mask_rows(l.P);
+    for (int t = 0; dd && t < n; t++)
+      for (int j = 0; j < up(t / MR * MR + MR) && j < n; j += L) st(G + t * n + j, ld(G + t * n + j) + dd[t]);
+    gemm<false, false>(n, Kp, Vp, d, Vp, ST, Kp, dq, Kp);
+    if (dd)
+      for (int t = 0; t < n; t++) axpy(dq + t * Kp, dd[t], l.z, Kp);
+    const float* faded = q;
+    int64_t ldf = ldq;
+    if (l.mode == SCALAR) {
+      float cols[64] = {0}, rows[64];
+      for (int t = 0; t < n; t++) {
+        float s = 0;
+        for (int j = 0; j < t; j++) {
+          float x = G[t * n + j] * l.P[t * n + j];
+          s += x, cols[j] += x;
+        }
+        scale_row(dq + t * Kp, l.ec[t], Kp);
+        rows[t] = s + dot(q + t * ldq, dq + t * Kp, Kp);
+        for (int f = 0; f < Kp; f += L) st(l.qs + t * Kp + f, l.ec[t] * ld(q + t * ldq + f));
+      }
+      float suffix = 0;
+      for (int t = n - 1; t >= 0; t--) dec[t] += suffix += rows[t] - cols[t];
+      faded = l.qs, ldf = Kp;
+    }
+    l.mask_rows(G);
+    lower_rows<true>(n, Kp, G, n, l.kk, Kp, dq, Kp);
+    lower_transposed(n, Kp, G, n, q, ldq, dk, Kp);
+    lower_transposed(n, Vp, l.P, n, d, Vp, dv, Vp);
+    gemm<true, true>(Kp, Vp, n, faded, ldf, d, Vp, dS, Vp);
+    if (dd)
+      for (int t = 0; t < n; t++) axpy(dz, dd[t], faded + t * ldf, Kp);
+  }
+  void vector_head(const float* q, int64_t ldq, const float* d, const float* dd) {
+    int n = l.n, Kp = l.Kp, Vp = l.Vp;
+    l.products(q, ldq);
+    lower_product(n, Vp, d, Vp, vT, G);
+    float* extra = tmp;  // [n, Kp] gradient of the running sum of log decays at each row
+    memset(extra, 0, 4 * n * Kp);
+    gemm<false, false>(n, Kp, Vp, d, Vp, ST, Kp, dq, Kp);
+    for (int t = 0; t < n; t++) {
+      if (dd) axpy(dq + t * Kp, dd[t], l.z, Kp);
+      for (int f = 0; f < Kp; f += L) {
+        vf c = ld(l.ec + t * Kp + f), qt = ld(q + t * ldq + f), x = ld(dq + t * Kp + f) * c;
+        st(dq + t * Kp + f, x);
+        st(l.qs + t * Kp + f, qt * c);
+        st(extra + t * Kp + f, x * qt);
+      }
+    }
+    for (int j = 0; j < n; j++)
+      for (int f = 0; f < Kp; f += L) {
+        vf kj = ld(l.kk + j * Kp + f), u = bc(1), own = {}, out = {};
+        for (int t = j; t < n; t++) {
+          if (t > j) u = u * ld(l.e + t * Kp + f);
+          vf g = u * (G[t * n + j] + (dd ? dd[t] : 0.0f)), qt = ld(q + t * ldq + f), x = g * kj;
+          st(dq + t * Kp + f, ld(dq + t * Kp + f) + x);
+          out += g * qt;
+          if (t > j) {
+            vf both = x * qt;
+            own += both;
+            st(extra + t * Kp + f, ld(extra + t * Kp + f) + both);
+          }
+        }
+        st(dk + j * Kp + f, ld(dk + j * Kp + f) + out);
+        st(extra + j * Kp + f, ld(extra + j * Kp + f) - own);
+      }
+    for (int f = 0; f < Kp; f += L) {
+      vf suffix = {};
+      for (int t = n - 1; t >= 0; t--) {
+        suffix += ld(extra + t * Kp + f);
+        st(dec + t * Kp + f, ld(dec + t * Kp + f) + suffix);
+      }
+    }
+    lower_transposed(n, Vp, l.P, n, d, Vp, dv, Vp);
+    gemm<true, true>(Kp, Vp, n, l.qs, Kp, d, Vp, dS, Vp);
+    if (dd)
+      for (int t = 0; t < n; t++) axpy(dz, dd[t], l.qs + t * Kp, Kp);
+  }
+  void store_decay(const Tensor& dg, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
+    if (l.mode == SCALAR) store_column(dg, b, t, h, l.n, lo, hi, dec);
+    if (l.mode == VECTOR) store_tile(dg, b, t, h, l.n, l.K, lo, hi, dec);
+  }
+};
+
+struct AdditiveArgs {
+  Tensor q, k, v, g, o, dq, dk, dv, dg;  // backward: o is the gradient of the output
+  const float *h0, *dhT;
+  float *hT, *dh0;
+  const int64_t* seq;  // [N, 3]: row, first token, end
+  int64_t N, G, R, K, V, mode, threads;
+  double scale;
+};
+
+// States of several heads behind one set of tiles.
+struct Heads {
+  Linear& l;
+  int64_t first, size;
+  float* all;
+  std::vector<char> empty;
+  Heads(Linear& l, int64_t h0, int64_t h1) : l(l), first(h0), size(l.Kp * l.Vp), empty(h1 - h0, 1) { all = arena.zeros((h1 - h0) * size); }
+  void take(int64_t h) { l.S = all + (h - first) * size, l.empty = empty[h - first]; }
+  void put(int64_t h) { empty[h - first] = l.empty; }
+};
+
+template <class Args>
+static Ahead next_rows(const Args& a, int64_t b, int64_t t, int64_t h, int rows, int64_t hi) {
+  Ahead ahead;
+  ahead.want(a.k, b, t, h, rows, a.K, hi);
+  ahead.want(a.v, b, t, h, rows, a.V, hi);
+  ahead.want(a.q, b, t, h * a.R, rows, a.K, hi);
+  return ahead;
+}
+
+extern "C" void subquad_additive(const AdditiveArgs* pa) {
+  const AdditiveArgs& a = *pa;
+  parallel_heads(a.N, a.G, a.threads, [&](int64_t s, int64_t h0, int64_t h1) {
+    int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V;
+    Linear l(a.K, a.V, a.mode, false);
+    Heads heads(l, h0, h1);
+    float *q = arena.get(l.n * l.Kp), *out = arena.get(l.n * l.Vp);
+    for (int64_t h = h0; a.h0 && h < h1; h++) {
+      heads.take(h);
+      load_state(a.h0 + (s * a.G + h) * KV, a.K, a.V, a.V, l.S);
+      heads.empty[h - h0] = 0;
+    }
+    for (int64_t t = lo; t < hi; t += l.n)
+      for (int64_t h = h0; h < h1; h++) {
+        heads.take(h);
+        l.decays(a.g, b, t, h, lo, hi);
+        l.keys(a.k, a.v, b, t, h, lo, hi);
+        Ahead ahead = next_rows(a, b, h + 1 < h1 ? t : t + l.n, h + 1 < h1 ? h + 1 : h0, l.n, hi);
+        for (int64_t r = 0; r < a.R; r++) {
+          load_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, q);
+          l.read(q, l.Kp, out, nullptr, r ? nullptr : &ahead);
+          store_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, out, a.scale);
+        }
+        if (a.hT || t + l.n < hi) l.write();
+        heads.put(h);
+      }
+    for (int64_t h = h0; a.hT && h < h1; h++) heads.take(h), store_state(a.hT + (s * a.G + h) * KV, a.K, a.V, a.V, l.S);
+  });
+}
+
+extern "C" void subquad_additive_backward(const AdditiveArgs* pa) {
+  const AdditiveArgs& a = *pa;
+  parallel(a.N * a.G, a.threads, [&](int64_t task) {
+    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
+    Linear l(a.K, a.V, a.mode, false);
+    LinearBackward w(l);
+    if (a.h0) load_state(a.h0 + task * a.K * a.V, a.K, a.V, a.V, l.S);
+    if (a.dhT) load_state(a.dhT + task * a.K * a.V, a.K, a.V, a.V, w.dS);
+    int64_t chunks = (hi - lo + l.n - 1) / l.n, size = l.Kp * l.Vp;
+    float *states = arena.get(chunks * size + 1), *buf = arena.get(l.n * l.Kp), *d = arena.get(l.n * l.Vp);
+    for (int64_t i = 0; i < chunks; i++) {
+      memcpy(states + i * size, l.S, 4 * size);
+      if (i + 1 == chunks) break;
+      l.decays(a.g, b, lo + i * l.n, h, lo, hi);
+      l.keys(a.k, a.v, b, lo + i * l.n, h, lo, hi);
+      l.write();
+    }
+    for (int64_t i = chunks - 1; i >= 0; i--) {
+      int64_t t = lo + i * l.n;
+      l.S = states + i * size;
+      l.decays(a.g, b, t, h, lo, hi);
+      l.keys(a.k, a.v, b, t, h, lo, hi);
+      w.begin();
+      for (int64_t r = 0; r < a.R; r++) {
+        const float* q = borrow_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, buf, ld);
+        load_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, d, a.scale);
+        w.head(q, ld, d, nullptr);
+        store_tile(a.dq, b, t, h * a.R + r, l.n, a.K, lo, hi, w.dq);
+      }
+      store_tile(a.dk, b, t, h, l.n, a.K, lo, hi, w.dk);
+      store_tile(a.dv, b, t, h, l.n, a.V, lo, hi, w.dv);
+      w.store_decay(a.dg, b, t, h, lo, hi);
+    }
+    if (a.dh0) store_state(a.dh0 + task * a.K * a.V, a.K, a.V, a.V, w.dS);
+  });
+}
+"""

@@ -1,0 +1,334 @@
+"""C++: vectors, tiles in fp32, matrix products of tiles, threads. Everything else is written in these words.
+
+L floats per vector (16 AVX-512, 8 AVX2, 4 elsewhere) and the register tile MR x NR vectors are set by the compiler's target. Tiles are row-major, their
+rows padded with zeros to a multiple of L, so that no product has a remainder.
+"""
+
+SOURCE = r"""
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <vector>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int L = 16, MR = 8, NR = 2;
+#elif defined(__AVX2__)
+constexpr int L = 8, MR = 4, NR = 2;
+#else
+constexpr int L = 4, MR = 4, NR = 2;
+#endif
+typedef float vf __attribute__((vector_size(4 * L)));
+typedef float vfu __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * L)));
+typedef uint32_t vu __attribute__((vector_size(4 * L)));
+typedef uint16_t vh __attribute__((vector_size(2 * L)));
+typedef uint16_t vhu __attribute__((vector_size(2 * L), aligned(2), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf ld(const float* p) { return *(const vfu*)p; }
+INLINE void st(float* p, vf x) { *(vfu*)p = x; }
+INLINE vf bc(float x) { return x - (vf){}; }
+INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+INLINE vf vmax(vf a, vf b) { return pick(a > b, a, b); }
+INLINE float hsum(vf x) {
+  float s[L];
+  st(s, x);
+  for (int w = L / 2; w; w /= 2)
+    for (int i = 0; i < w; i++) s[i] += s[i + w];
+  return s[0];
+}
+INLINE float hmax(vf x) {
+  float m = x[0];
+  for (int i = 1; i < L; i++) m = x[i] > m ? x[i] : m;
+  return m;
+}
+INLINE vi iota() {
+  vi x = {};
+  for (int i = 0; i < L; i++) x[i] = i;
+  return x;
+}
+// exp to about 1 ulp: 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor sum to r^6 (error below 1e-7). 0 below -87; NaN stays NaN.
+INLINE vf vexp(vf x) {
+  vi low = x < bc(-87.0f);
+  x = pick(low, bc(-87.0f), x);
+  x = pick(x > bc(88.0f), bc(88.0f), x);
+  vf t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = bc(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  vf e = (vf)((vi)p + ((vi)t << 23));
+  return (vf)((vi)e & ~low);
+}
+INLINE float exp1(float x) { return vexp(bc(x))[0]; }
+
+INLINE int up(int n) { return (n + L - 1) / L * L; }
+static inline float dot(const float* a, const float* b, int n) {  // n a multiple of L
+  vf s = {};
+  for (int i = 0; i < n; i += L) s += ld(a + i) * ld(b + i);
+  return hsum(s);
+}
+static inline void axpy(float* y, float a, const float* x, int n) {
+  for (int i = 0; i < n; i += L) st(y + i, ld(y + i) + a * ld(x + i));
+}
+static inline void scale_row(float* y, float a, int n) {
+  for (int i = 0; i < n; i += L) st(y + i, a * ld(y + i));
+}
+
+// ---- products: out[M, N] (= or +=) A[M, K] B[K, N]. AT: A is stored [K, M]. M a multiple of MR, N of L.
+template <int M, int N, bool ACC, bool AT>
+INLINE void micro(int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {
+  vf acc[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) acc[m][n] = ACC ? ld(out + m * ldo + n * L) : (vf){};
+  for (int k = 0; k < K; k++) {
+    vf b[N];
+    for (int n = 0; n < N; n++) b[n] = ld(B + k * ldb + n * L);
+    for (int m = 0; m < M; m++) {
+      vf a = bc(AT ? A[k * lda + m] : A[m * lda + k]);
+      for (int n = 0; n < N; n++) acc[m][n] += a * b[n];
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) st(out + m * ldo + n * L, acc[m][n]);
+}
+template <bool ACC, bool AT>
+static void gemm(int M, int N, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {
+  for (int i = 0; i < M; i += MR) {
+    const float* a = AT ? A + i : A + i * lda;
+    int j = 0;
+    for (; j + NR * L <= N; j += NR * L) micro<MR, NR, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
+    for (; j < N; j += L) micro<MR, 1, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
+  }
+}
+// Lower triangles, n x n: only blocks on and below the diagonal are touched.
+template <bool ACC>
+static void lower_rows(int n, int N, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {  // A lower
+  for (int i = 0; i < n; i += MR) gemm<ACC, false>(MR, N, i + MR, A + i * lda, lda, B, ldb, out + i * ldo, ldo);
+}
+static void lower_transposed(int n, int N, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {  // += A^T B
+  for (int j = 0; j < n; j += MR) gemm<true, true>(MR, N, n - j, A + j * lda + j, lda, B + j * ldb, ldb, out + j * ldo, ldo);
+}
+// ---- transposition of tiles: dst[c][r] = src[r][c]; rows and cols multiples of L
+INLINE void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  vf a[L], b[L];
+  vi lo = {}, hi = {};
+  for (int i = 0; i < L / 2; i++) lo[2 * i] = i, lo[2 * i + 1] = i + L, hi[2 * i] = i + L / 2, hi[2 * i + 1] = i + L / 2 + L;
+  for (int i = 0; i < L; i++) a[i] = ld(src + i * lds);
+  for (int s = 1; s < L; s *= 2) {
+    for (int i = 0; i < L / 2; i++) {
+      b[2 * i] = __builtin_shuffle(a[i], a[i + L / 2], lo);
+      b[2 * i + 1] = __builtin_shuffle(a[i], a[i + L / 2], hi);
+    }
+    for (int i = 0; i < L; i++) a[i] = b[i];
+  }
+  for (int i = 0; i < L; i++) st(dst + i * ldd, a[i]);
+}
+static void transpose(int rows, int cols, const float* src, int64_t lds, float* dst, int64_t ldd) {
+  for (int i = 0; i < rows; i += L)
+    for (int j = 0; j < cols; j += L) transpose_block(src + i * lds + j, lds, dst + j * ldd + i, ldd);
+}
+
+// ---- tensors [batch, tokens, heads, size], size contiguous; type 0 fp32, 1 bf16, 2 fp16
+struct Tensor {
+  char* p;
+  int64_t sb, st, sh;
+  int64_t type;
+};
+INLINE vf half_to_float(vu h) {  // fp16 bits
+  vu body = (h & 0x7fff) << 13;
+  vf x = (vf)body * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
+  vu bits = (vu)x | (((h & 0x7c00) == 0x7c00) & 0x7f800000u);
+  return (vf)(bits | ((h & 0x8000) << 16));
+}
+INLINE vf load(const char* p, int64_t type) {
+  if (type == 0) return ld((const float*)p);
+  vu h = __builtin_convertvector(*(const vhu*)p, vu);
+  return type == 1 ? (vf)(h << 16) : half_to_float(h);
+}
+static inline float load1(const char* p, int64_t type) {
+  if (type == 0) return *(const float*)p;
+  uint16_t h;
+  memcpy(&h, p, 2);
+  vu v = (vu){} + (uint32_t)h;
+  return type == 1 ? ((vf)(v << 16))[0] : half_to_float(v)[0];
+}
+INLINE vh to_bf16(vf x) {  // to nearest, ties to even; NaN stays NaN
+  vu b = (vu)x, r = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  vu nan = (vu)(x != x);
+  return __builtin_convertvector((r & ~nan) | (((b >> 16) | 0x40) & nan), vh);
+}
+INLINE const char* at(const Tensor& t, int64_t b, int64_t i, int64_t h) {
+  return t.p + (b * t.sb + i * t.st + h * t.sh) * (t.type ? 2 : 4);
+}
+// Rows `from`.. of one head into a tile [rows, up(size)]; rows outside [lo, hi) and padding are zeros.
+static void load_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* dst, float scale = 1.0f) {
+  int width = up(size), whole = size / L * L;
+  for (int r = 0; r < rows; r++, dst += width) {
+    int64_t i = from + r;
+    if (i < lo || i >= hi) {
+      memset(dst, 0, 4 * width);
+      continue;
+    }
+    const char* p = at(t, b, i, h);
+    int c = 0;
+    if (t.type == 0) for (; c < whole; c += L) st(dst + c, scale * ld((const float*)p + c));
+    else if (t.type == 1) for (; c < whole; c += L) st(dst + c, scale * load(p + 2 * c, 1));
+    else for (; c < whole; c += L) st(dst + c, scale * load(p + 2 * c, 2));
+    for (; c < size; c++) dst[c] = scale * load1(p + (t.type ? 2 : 4) * c, t.type);
+    for (; c < width; c++) dst[c] = 0;
+  }
+}
+// The same, without a copy where the tensor's own rows can serve (only as the left factor of a product: rows may lie far apart).
+static const float* borrow_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* buf, int64_t& ld) {
+  if (t.type == 0 && size % L == 0 && from >= lo && from + rows <= hi) {
+    ld = t.st;
+    return (const float*)at(t, b, from, h);
+  }
+  load_tile(t, b, from, h, rows, size, lo, hi, buf);
+  ld = up(size);
+  return buf;
+}
+static void store_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, const float* src, float scale = 1.0f) {
+  int width = up(size), whole = size / L * L;
+  for (int r = 0; r < rows; r++, src += width) {
+    int64_t i = from + r;
+    if (i < lo || i >= hi) continue;
+    char* p = (char*)at(t, b, i, h);
+    int c = 0;
+    if (t.type == 0) {
+      for (; c < whole; c += L) st((float*)p + c, scale * ld(src + c));
+      for (; c < size; c++) ((float*)p)[c] = scale * src[c];
+    } else {
+      for (; c < whole; c += L) *(vhu*)(p + 2 * c) = to_bf16(scale * ld(src + c));
+      for (; c < size; c++) {
+        uint16_t x = to_bf16(bc(scale * src[c]))[0];
+        memcpy(p + 2 * c, &x, 2);
+      }
+    }
+  }
+}
+// Rows that will be needed next, asked for a few at a time between products: the memory's latency hides behind arithmetic.
+struct Ahead {
+  struct Rows { const char* p; int64_t stride, bytes, count; } of[4];
+  int used = 0;
+  void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi) {
+    int bytes = t.type ? 2 : 4;
+    int64_t count = hi - from < rows ? hi - from : rows;
+    of[used++] = {at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, count > 0 ? count : 0};
+  }
+  void fetch(int64_t r0, int64_t r1) const {
+    for (int i = 0; i < used; i++)
+      for (int64_t r = r0; r < r1 && r < of[i].count; r++)
+        for (int64_t c = 0; c < of[i].bytes; c += 64) __builtin_prefetch(of[i].p + r * of[i].stride + c);
+  }
+};
+static void lower_product(int n, int K, const float* A, int64_t lda, const float* BT, float* out, const Ahead* ahead = nullptr) {  // out lower = A B^T, BT [K, n]
+  for (int i = 0; i < n; i += MR) {
+    int cols = up(i + MR);
+    gemm<false, false>(MR, cols < n ? cols : n, K, A + i * lda, lda, BT, n, out + i * n, n);
+    if (ahead) ahead->fetch(i, i + MR);
+  }
+}
+// One number per token and head (fp32): rows into a column; outside [lo, hi): `fill`.
+static void load_column(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* dst, float fill = 0.0f) {
+  for (int r = 0; r < rows; r++) dst[r] = from + r < lo || from + r >= hi ? fill : *(const float*)at(t, b, from + r, h);
+}
+static void store_column(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, const float* src) {
+  for (int r = 0; r < rows; r++)
+    if (from + r >= lo && from + r < hi) *(float*)at(t, b, from + r, h) = src[r];
+}
+static void load_state(const float* src, int K, int V, int ld, float* dst) {  // [K, ld] -> [up(K), up(V)]
+  memset(dst, 0, 4 * up(K) * up(V));
+  for (int k = 0; k < K; k++) memcpy(dst + k * up(V), src + (int64_t)k * ld, 4 * V);
+}
+static void store_state(float* dst, int K, int V, int ld, const float* src) {
+  for (int k = 0; k < K; k++) memcpy(dst + (int64_t)k * ld, src + k * up(V), 4 * V);
+}
+
+// ---- scratch memory: one block per thread, kept between calls unless it is large
+struct Arena {
+  char* base = nullptr;
+  size_t size = 0, used = 0;
+  std::vector<void*> more;
+  float* get(size_t floats) {
+    size_t bytes = (floats * 4 + 4 * L + 127) / 64 * 64;
+    if (used + bytes > size) {
+      void* p = aligned_alloc(64, bytes);
+      more.push_back(p);
+      wanted += bytes;
+      return (float*)p;
+    }
+    float* p = (float*)(base + used);
+    used += bytes;
+    wanted += bytes;
+    return p;
+  }
+  float* zeros(size_t floats) {
+    float* p = get(floats);
+    memset(p, 0, floats * 4);
+    return p;
+  }
+  size_t wanted = 0;
+  void reset() {
+    for (void* p : more) free(p);
+    more.clear();
+    if (wanted > size && wanted <= (size_t)64 << 20) {
+      free(base);
+      base = (char*)aligned_alloc(64, wanted);
+      size = wanted;
+    }
+    used = wanted = 0;
+  }
+  ~Arena() {
+    for (void* p : more) free(p);
+    free(base);
+  }
+};
+static thread_local Arena arena;
+
+// Numbers below 1e-38 (products of strong decays) count as zero: arithmetic on them is a hundred times slower.
+struct FlushSubnormals {
+#if defined(__SSE2__)
+  unsigned kept = _mm_getcsr();
+  FlushSubnormals() { _mm_setcsr(kept | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(kept); }
+#endif
+};
+// One task per (sequence, key/value head): no two write the same place, so the number of threads changes no result.
+template <class F>
+static void parallel(int64_t tasks, int64_t threads, F task) {
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    FlushSubnormals flush;
+    for (int64_t i; (i = next++) < tasks;) {
+      task(i);
+      arena.reset();
+    }
+  };
+  std::vector<std::thread> pool;
+  for (int64_t i = 1; i < threads && i < tasks; i++) pool.emplace_back(work);
+  work();
+  for (auto& t : pool) t.join();
+}
+// The same with neighbouring heads in one task, as many as leave every thread work: their rows share pages of memory, so they are best walked together.
+template <class F>
+static void parallel_heads(int64_t N, int64_t G, int64_t threads, F task) {
+  int64_t parts = threads > N ? (threads + N - 1) / (N > 0 ? N : 1) : 1;
+  if (parts > G) parts = G;
+  parallel(N * parts, threads, [&](int64_t i) { task(i / parts, i % parts * G / parts, (i % parts + 1) * G / parts); });
+}
+"""

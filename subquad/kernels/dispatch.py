@@ -1,0 +1,73 @@
+"""From an op's name and a backend's name to the function that runs.
+
+A backend is a module with one function per op (arguments as in ops.py, without `backend`) and, unless it runs everywhere,
+`why_not(op, args, kwargs) -> str | None`: the reason why this call cannot run there, None when it can.
+"""
+
+import importlib
+import logging
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from subquad.errors import UserError
+from subquad.registry import check_name
+
+OPS = ("additive", "delta", "banded", "window_linear", "additive_step", "delta_step", "window_linear_step")
+
+# name -> "module:attribute"; the attribute is one that every backend has. In the order in which `auto` asks.
+BACKENDS = {
+    "triton": "subquad.kernels.triton.functions:additive",
+    "cpu": "subquad.kernels.cpu.functions:additive",
+    "torch": "subquad.kernels.blocked:additive",
+    "definition": "subquad.kernels.definition:additive",
+}
+
+log = logging.getLogger("subquad.kernels")
+_said: set[tuple[str, str]] = set()
+_modules: dict[str, ModuleType | str] = {}  # the module, or why there is none
+
+
+def backend_module(name: str) -> ModuleType | str:
+    """The backend's module, or the reason why it cannot be imported."""
+    if name not in _modules:
+        path = BACKENDS[name].partition(":")[0]
+        try:
+            _modules[name] = importlib.import_module(path, __package__)
+        except ImportError as error:
+            _modules[name] = f"{error.name or path} is not installed"
+    return _modules[name]
+
+
+def why_not(name: str, op: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Why `op` cannot run on backend `name` with these arguments; None when it can."""
+    module = backend_module(name)
+    if isinstance(module, str):
+        return module
+    if not hasattr(module, op):
+        return f"it has no {op}"
+    asks = getattr(module, "why_not", None)
+    return None if asks is None else asks(op, args, kwargs)
+
+
+def call(op: str, backend: str, /, *args, **kwargs):
+    """Run `op`. UserError when `backend` is unknown or cannot run this call."""
+    if backend == "auto":
+        backend = _choose(op, args, kwargs)
+    else:
+        check_name("backend", backend, ["auto", *BACKENDS])
+        reason = why_not(backend, op, args, kwargs)
+        if reason is not None:
+            raise UserError(f"Backend {backend!r} cannot run {op}: {reason}. Use backend='auto' or backend='torch'.")
+    return getattr(_modules.get(backend) or backend_module(backend), op)(*args, **kwargs)
+
+
+def _choose(op: str, args: tuple, kwargs: dict[str, Any]) -> str:
+    on_cpu = next(x for x in args if isinstance(x, Tensor)).device.type == "cpu"
+    first = "cpu" if on_cpu else "triton"
+    found = first if why_not(first, op, args, kwargs) is None else "torch"
+    if (op, found) not in _said:
+        _said.add((op, found))
+        log.info("%s: backend %s", op, found)
+    return found

@@ -1,0 +1,188 @@
+"""The ops: one public function each, the same arguments and results on every backend.
+
+    definition   the equation, pair by pair or token by token, in the dtype of the inputs: the oracle
+    torch        blocked and chunkwise forms out of torch's own operations: any device, second choice everywhere
+    cpu          C++ compiled on first use (AVX-512, AVX2 or portable)
+    triton       GPUs
+
+Query head h belongs to key/value head h // (H / G); keys are never repeated. States, normalisers and log decays are fp32 whatever the inputs.
+`cu_seqlens` [N + 1] (int, from 0 to T) packs N sequences into one row (B = 1); states then have N rows. `backend="auto"` takes the fastest that can
+run and logs once per op what it took; a backend asked for by name that cannot run is a UserError that says why.
+
+Key: B batch, T tokens, X = T + slots before the first token, H query heads, G key/value heads, K key size, V value size, F features, N sequences
+or sinks, W window.
+"""
+
+import torch
+from torch import Tensor
+
+from subquad.kernels.dispatch import call
+
+
+def additive(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = exp(g_t) * S_{t-1} + k_t v_t^T;  o_t = scale S_t^T q_t   (SEEDS 3.1).
+
+    log_decay: None, [B, T, G] or [B, T, G, K], natural log, <= 0, any size. initial_state [N, G, K, V] fp32.
+    Returns (o [B, T, H, V] in out_dtype (None: the dtype of v), final state [N, G, K, V] fp32 or None). Differentiable in every tensor.
+    """
+    return call("additive", backend, q_BTHK, k_BTGK, v_BTGV, log_decay, scale=scale, initial_state=initial_state,
+                output_final_state=output_final_state, cu_seqlens=cu_seqlens, out_dtype=out_dtype)  # fmt: skip
+
+
+def delta(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    beta_BTG: Tensor,
+    log_decay_BTG: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """S' = exp(g_t) S_{t-1};  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T;  o_t = scale S_t^T q_t   (SEEDS B01). k has unit length.
+
+    Arguments and results otherwise as `additive`; beta in [0, 1]. Differentiable in every tensor.
+    """
+    return call("delta", backend, q_BTHK, k_BTGK, v_BTGV, beta_BTG, log_decay_BTG, scale=scale, initial_state=initial_state,
+                output_final_state=output_final_state, cu_seqlens=cu_seqlens, out_dtype=out_dtype)  # fmt: skip
+
+
+def banded(
+    q_BTHK: Tensor,
+    k_BXGK: Tensor,
+    v_BXGV: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    weight: str = "softmax",
+    log_forget_BXG: Tensor | None = None,
+    position: int = 0,
+    sink_k_BNGK: Tensor | None = None,
+    sink_v_BNGV: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logit_H: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over the last `window` tokens (the query's own included) and the first `sinks` tokens of the sequence, un-normalised.
+
+    numerator_t = sum_j w_tj v_j, denominator_t, maximum_t (all fp32: [B, T, H, V], [B, T, H], [B, T, H]); the output is numerator / denominator, two
+    branches merge after multiplying each by exp(its maximum - the common one). weight, with s_tj = softcap(scale q_t.k_j), m_t = max_j s_tj:
+      softmax   w = exp(s - m), denominator = sum w
+      softmax1  the same with exp(-m) added to the denominator (m >= 0): a sink without value
+      softpick  w = relu(exp(s - m) - exp(-m)), denominator = sum |exp(s - m) - exp(-m)| + 1e-6
+      sigmoid   w = sigmoid(s - log window), denominator 1, m = 0
+      forget    softmax of s_tj + f_(j+1) + .. + f_t with log_forget f [B, X, G] <= 0 (a sink that is given by itself counts from slot 0)
+      entmax    1.5-entmax weights, denominator 1, m = 0
+
+    X - T slots before the first query belong to earlier tokens; `position` tokens came before query 0 in all (X - T <= position). Sinks are the first
+    tokens of k when X = T + position, otherwise they are given. sink n is seen through the band until it leaves it: by query t as a sink from
+    position + t - n >= window on. scale None: K**-0.5. sink_logit_H: a learned logit that takes weight and has no value (softmax only).
+    cu_seqlens needs X = T and position 0. `maximum` carries no gradient.
+    """
+    return call("banded", backend, q_BTHK, k_BXGK, v_BXGV, window=window, sinks=sinks, scale=scale, weight=weight, log_forget_BXG=log_forget_BXG,
+                position=position, sink_k_BNGK=sink_k_BNGK, sink_v_BNGV=sink_v_BNGV, softcap=softcap, sink_logit_H=sink_logit_H,
+                cu_seqlens=cu_seqlens)  # fmt: skip
+
+
+def window_linear(
+    q_BTHK: Tensor,
+    k_BXGK: Tensor,
+    v_BXGV: Tensor,
+    fq_BTHF: Tensor,
+    fk_BXGF: Tensor,
+    mix_BTH: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    position: int = 0,
+    sink_k_BNGK: Tensor | None = None,
+    sink_v_BNGV: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Window + sinks + linear attention of everything older, under one normaliser, in one pass (SEEDS A03 G02, 0.2).
+
+    With near(t) the last `window` tokens and the sinks, older(t) every other token up to t - window, d_tj the product of exp(log_decay) over the steps
+    after j left the window, up to t:
+
+        o_t = (sum_near exp(s_tj) v_j + exp(mix_t) sum_older d_tj fq_t.fk_j v_j) / (the same sums without v)
+
+    both branches relative to a common maximum. A token enters the state at the query at which it leaves the window; sinks never do. fq, fk are
+    features >= 0 (fk for all X slots: window slots of earlier tokens included). log_decay: None, [B, T, G] or [B, T, G, F]. While nothing is
+    older the result is the window's.
+    Slots, position, sinks: as in `banded`; the first query drops slot x = -window, so a continued call gives at least min(position, window) slots.
+    initial_state [N, G, F, V + 1] fp32: column V is the sum of features. Returns (o [B, T, H, V] in the dtype of v, final state or None).
+    Differentiable in every tensor.
+    """
+    return call("window_linear", backend, q_BTHK, k_BXGK, v_BXGV, fq_BTHF, fk_BXGF, mix_BTH, log_decay, window=window, sinks=sinks, scale=scale,
+                position=position, sink_k_BNGK=sink_k_BNGK, sink_v_BNGV=sink_v_BNGV, initial_state=initial_state,
+                output_final_state=output_final_state, cu_seqlens=cu_seqlens)  # fmt: skip
+
+
+def additive_step(
+    q_BHK: Tensor, k_BGK: Tensor, v_BGV: Tensor, state_BGKV: Tensor, log_decay: Tensor | None = None, *, scale: float = 1.0, backend: str = "auto"
+) -> Tensor:
+    """One token of `additive`; `state` (fp32, contiguous) is updated in place. log_decay [B, G] or [B, G, K]. Returns o [B, H, V] fp32. No gradient."""
+    return call("additive_step", backend, q_BHK, k_BGK, v_BGV, state_BGKV, log_decay, scale=scale)
+
+
+def delta_step(
+    q_BHK: Tensor,
+    k_BGK: Tensor,
+    v_BGV: Tensor,
+    beta_BG: Tensor,
+    state_BGKV: Tensor,
+    log_decay_BG: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of `delta`; as `additive_step`."""
+    return call("delta_step", backend, q_BHK, k_BGK, v_BGV, beta_BG, state_BGKV, log_decay_BG, scale=scale)
+
+
+def window_linear_step(
+    q_BHK: Tensor,
+    k_BWGK: Tensor,
+    v_BWGV: Tensor,
+    fq_BHF: Tensor | None = None,
+    mix_BH: Tensor | None = None,
+    state_BGFX: Tensor | None = None,
+    left_fk_BGF: Tensor | None = None,
+    left_v_BGV: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    sink_k_BNGK: Tensor | None = None,
+    sink_v_BNGV: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of `window_linear`. k, v: the window, the new token last; sinks: those that have left it.
+
+    state [B, G, F, V + 1] (fp32, contiguous, updated in place): fades by log_decay, then takes left_fk, left_v, the token that leaves now (None:
+    nothing leaves), then is read with fq and weight exp(mix). state None: sinks and window alone. Returns o [B, H, V] fp32. No gradient.
+    """
+    return call("window_linear_step", backend, q_BHK, k_BWGK, v_BWGV, fq_BHF, mix_BH, state_BGFX, left_fk_BGF, left_v_BGV, log_decay, scale=scale,
+                sink_k_BNGK=sink_k_BNGK, sink_v_BNGV=sink_v_BNGV)  # fmt: skip
