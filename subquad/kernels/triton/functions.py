@@ -48,6 +48,7 @@ def banded(
 ):  # fmt: skip
     """`ops.banded` for softmax weights."""
     assert weight == "softmax" and log_forget_BXG is None and softcap is None, "why_not said so"
+    sinks = sinks if sink_k_BNGK is None else sink_k_BNGK.shape[1]
     return Banded.apply(
         *map(_plain, (q, k, v, sink_k_BNGK, sink_v_BNGV, sink_logit_H)), window, sinks, scale, position, cu_seqlens, input_precision
     )
@@ -58,6 +59,7 @@ def window_linear(
     output_final_state=False, cu_seqlens=None, input_precision=None,
 ):  # fmt: skip
     """`ops.window_linear`."""
+    sinks = sinks if sink_k_BNGK is None else sink_k_BNGK.shape[1]
     return WindowLinear.apply(
         *map(_plain, (q, k, v, fq, fk, mix)), _f32(log_decay), _f32(initial_state), _plain(sink_k_BNGK), _plain(sink_v_BNGV), window, sinks, scale,
         position, output_final_state, cu_seqlens, input_precision,
