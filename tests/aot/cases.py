@@ -43,7 +43,9 @@ def banded(D):
 def window_linear(D, decay, batch=B, length=T):
     fq, fk = (tensor(batch, length, H, D) for _ in range(2))
     mix, state = tensor(batch, length, H), tensor(batch, H, D, D + 1, dtype=torch.float32)
-    g = {"none": None, "scalar": tensor(batch, length, H, dtype=torch.float32), "vector": tensor(batch, length, H, D, dtype=torch.float32)}[decay]
+    g = {"none": None, "scalar": tensor(batch, length, H, dtype=torch.float32), "vector": tensor(batch, length, H, D, dtype=torch.float32)}[
+        decay
+    ]
     run(functions.window_linear(*qkv(D, batch, length), fq, fk, mix, g, window=64, sinks=4, initial_state=state, output_final_state=True))
 
 

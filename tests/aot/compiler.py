@@ -109,7 +109,9 @@ def compiling(name: str, seen: dict | None = None):
         seconds = time.perf_counter() - began
         if (name, kernel.hash) not in seen:
             options = {"warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages}
-            options |= {key: kwargs[key] for key in ("K", "V", "F", "BT", "BV", "DECAY", "MODE", "EXTRA", "REVERSE", "LINEAR") if key in kwargs}
+            options |= {
+                key: kwargs[key] for key in ("K", "V", "F", "BT", "BV", "DECAY", "MODE", "EXTRA", "REVERSE", "LINEAR") if key in kwargs
+            }
             seen[name, kernel.hash] = Compiled(function.__name__, name, options, seconds, figures(kernel, TARGETS[name]))
         found.append(seen[name, kernel.hash])
         return kernel

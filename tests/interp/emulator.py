@@ -214,7 +214,9 @@ class Watcher:
         if outside.any():
             if self.check:
                 program = stock.interpreter_builder.grid_idx
-                raise IndexError(f"{self.kernel}: {int(outside.sum())} lanes {'write' if write else 'read'} out of bounds, program {program}")
+                raise IndexError(
+                    f"{self.kernel}: {int(outside.sum())} lanes {'write' if write else 'read'} out of bounds, program {program}"
+                )
             return
         sectors = np.unique(where // np.uint64(SECTOR))
         self.bytes[self.names[index.flat[0]], "write" if write else "read"] += where.size * size

@@ -34,7 +34,9 @@ def test_bf16_arithmetic_and_rounding():
     assert np.array_equal(emulator.to_bf16(np.float32([1 + 2**-8, 1 + 3 * 2**-8, np.inf])), np.float32([1, 1 + 2**-6, np.inf]))
 
 
-@pytest.mark.parametrize(("precision", "low", "high"), (("ieee", 0, 1e-6), ("tf32x3", 0, 2e-6), ("tf32", 1e-5, 3e-3), ("bf16x3", 1e-7, 1e-4)))
+@pytest.mark.parametrize(
+    ("precision", "low", "high"), (("ieee", 0, 1e-6), ("tf32x3", 0, 2e-6), ("tf32", 1e-5, 3e-3), ("bf16x3", 1e-7, 1e-4))
+)
 def test_precision_of_products(precision, low, high):
     x, y, found = torch.randn(16, 16), torch.randn(16, 16), torch.empty(16, 16)
     multiply[(1,)](x, y, found, precision)

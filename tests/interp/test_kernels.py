@@ -120,7 +120,9 @@ def test_low_precision(op, dtype):
     else:
         leaves, other, more = window_case(*WINDOWS["sinks, state"])
         leaves, other = (leaves | more, other | {"output_final_state": True}) if op == "window_linear" else (leaves, other)
-    rounded = {name: None if x is None else x.to(dtype) if "state" not in name and "decay" not in name else x.float() for name, x in leaves.items()}
+    rounded = {
+        name: None if x is None else x.to(dtype) if "state" not in name and "decay" not in name else x.float() for name, x in leaves.items()
+    }
     fn = getattr(ops, op)
 
     def low(**arguments):
@@ -143,7 +145,9 @@ def test_tf32_costs_what_it_should():
     wanted, _ = ops.additive(**leaves, **other, backend="definition")
     given = {"qkv"[i]: x.float() for i, (name, x) in enumerate(leaves.items()) if i < 3}
     off = {
-        p: error(functions.additive(*given.values(), initial_state=leaves["initial_state"].float(), scale=0.3, input_precision=p)[0], wanted)
+        p: error(
+            functions.additive(*given.values(), initial_state=leaves["initial_state"].float(), scale=0.3, input_precision=p)[0], wanted
+        )
         for p in ("ieee", "tf32x3", "tf32")
     }
     assert off["ieee"] < 1e-6 and off["tf32x3"] < 2e-6 and 5e-5 < off["tf32"] < 2e-3, off

@@ -99,8 +99,12 @@ def band_forward_kernel(
             den += 1.0
         if LINEAR:
             leaves = here & (oldest >= skip)
-            b_f = tl.load(fk + low * (G * F) + oi[:, None] * (G * F) + of[None, :], mask=leaves[:, None] & mf[None, :], other=0.0).to(b_v.dtype)
-            b_fq = tl.load(fq + t0 * (H * F) + oi[:, None] * (H * F) + of[None, :], mask=here[:, None] & mf[None, :], other=0.0).to(b_v.dtype)
+            b_f = tl.load(fk + low * (G * F) + oi[:, None] * (G * F) + of[None, :], mask=leaves[:, None] & mf[None, :], other=0.0).to(
+                b_v.dtype
+            )
+            b_fq = tl.load(fq + t0 * (H * F) + oi[:, None] * (H * F) + of[None, :], mask=here[:, None] & mf[None, :], other=0.0).to(
+                b_v.dtype
+            )
             if DECAY == 1:
                 c = tl.cumsum(tl.load(g + t0 * G + oi * G, mask=here, other=0.0), 0)
                 last = tl.sum(tl.where(oi == BT - 1, c, 0.0), 0)
@@ -221,7 +225,7 @@ def band_query_kernel(
         seen = here[:, None] & (on < NS)[None, :] & (position + t[:, None] - on[None, :] >= window)
         _, slopes = weights_and_slopes(b_q, b_k, b_v, b_do, b_e, b_top, seen, log_scale, PRECISION)
         b_dq = tl.dot(slopes.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-    for i_b in range(0, tl.cdiv(window + BT, BT)):
+    for i_b in range(tl.cdiv(window + BT, BT)):
         slot = t + (before - window + i_b * BT)
         exists = (slot >= 0) & (slot < length + before)
         at = (start_k + (i_t + i_b) * BT + (before - window)) * G + i_g
@@ -260,7 +264,7 @@ def band_key_kernel(
     b_dk = tl.zeros([BT, BK], dtype=tl.float32)
     b_dv = tl.zeros([BT, BV], dtype=tl.float32)
     log_scale = scale * LOG2E
-    for i_b in range(0, tl.cdiv(window + BT, BT)):
+    for i_b in range(tl.cdiv(window + BT, BT)):
         t = slot - before + i_b * BT
         here = (t >= 0) & (t < length)
         row = (start + (i_x + i_b) * BT - before) * H + i_h

@@ -54,7 +54,9 @@ class Delta(torch.autograd.Function):
         dinitial = None if initial is None else q.new_empty(packing.N, H, K, V, dtype=torch.float32)
         tiles = walk_tiles(K, V, wide)
         g, pack = q if log_decay is None else log_decay, q if cu is None else cu
-        common = dict(T=T, H=H, R=H // G, K=K, V=V, BT=BT, BK=pad(K), GATED=log_decay is not None, VARLEN=cu is not None, PRECISION=ctx.precision)
+        common = dict(
+            T=T, H=H, R=H // G, K=K, V=V, BT=BT, BK=pad(K), GATED=log_decay is not None, VARLEN=cu is not None, PRECISION=ctx.precision
+        )
         dfinal = None if dfinal is None else dfinal.contiguous()
         delta_back_kernel[(triton.cdiv(V, tiles.BV), packing.N * H)](
             q, k, dout, beta, g, x, q if dfinal is None else dfinal, q if dinitial is None else dinitial, slopes, pack,
@@ -89,7 +91,7 @@ def inverses(k, beta, log_decay, packing: Packing, precision: str):
 
 def walk(q, k, v, beta, log_decay, x, packing, precision, *, heads, scale=1.0, out=None, initial=None, final=None, states=None) -> None:
     """`delta_kernel`: outputs, or the states before every chunk (heads = key/value heads)."""
-    (B, T, G, K), V = k.shape, v.shape[-1]
+    (T, G, K), V = k.shape[1:], v.shape[-1]
     tiles = walk_tiles(K, V, v.element_size() == 4)
     given = (log_decay, x, out, initial, final, states, packing.cu)
     g, x, o, h0, ht, hs, cu = (q if tensor is None else tensor for tensor in given)

@@ -23,7 +23,17 @@ def _f32(x):
 
 
 def additive(
-    q, k, v, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None, input_precision=None
+    q,
+    k,
+    v,
+    log_decay=None,
+    *,
+    scale=1.0,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+    out_dtype=None,
+    input_precision=None,
 ):
     """`ops.additive`; input_precision: of tl.dot on fp32 operands (None: tf32x3 on NVIDIA, ieee elsewhere)."""
     return Additive.apply(
@@ -33,7 +43,18 @@ def additive(
 
 
 def delta(
-    q, k, v, beta, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None, input_precision=None
+    q,
+    k,
+    v,
+    beta,
+    log_decay=None,
+    *,
+    scale=1.0,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+    out_dtype=None,
+    input_precision=None,
 ):
     """`ops.delta`."""
     return Delta.apply(

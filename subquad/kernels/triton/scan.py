@@ -98,7 +98,7 @@ def scan_kernel(
         has_q, has_k = (t < length) & (t - shift_q >= skip_q), (t < length) & (t - shift_k >= skip_k)
         b_k = tl.load(k + (t0 - shift_k) * (HK * K) + at_k, mask=has_k[:, None] & mk[None, :], other=0.0).to(v.dtype.element_ty)
         b_v = tl.load(v + (t0 - shift_k) * (HK * V) + at_v, mask=has_k[:, None] & mv[None, :], other=0.0)
-        if EXTRA > 0 and MODE != 1 or EXTRA == 2:
+        if (EXTRA > 0 and MODE != 1) or EXTRA == 2:
             b_x = tl.load(x + t0 * H + oi * H, mask=t < length, other=0.0)
         if DECAY == 1:
             c = tl.cumsum(tl.load(g + t0 * HG + oi * HG, mask=t < length, other=0.0), 0)
@@ -107,13 +107,17 @@ def scan_kernel(
             ahead = tl.exp2(c * LOG2E)
             fade = tl.exp2(total * LOG2E)
         if DECAY == 2:
-            c = tl.cumsum(tl.load(g + t0 * (HG * K) + oi[:, None] * (HG * K) + ok[None, :], mask=(t < length)[:, None] & mk[None, :], other=0.0), 0)
+            c = tl.cumsum(
+                tl.load(g + t0 * (HG * K) + oi[:, None] * (HG * K) + ok[None, :], mask=(t < length)[:, None] & mk[None, :], other=0.0), 0
+            )
             total = tl.sum(tl.where((oi == BT - 1)[:, None], c, 0.0), 0)
             back = tl.exp2((total[None, :] - c) * LOG2E)
             ahead = tl.exp2(c * LOG2E)
             fade = tl.exp2(total * LOG2E)
         if DECAY == 3:
-            c = tl.cumsum(tl.load(g + t0 * (HG * V) + oi[:, None] * (HG * V) + ov[None, :], mask=(t < length)[:, None] & mv[None, :], other=0.0), 0)
+            c = tl.cumsum(
+                tl.load(g + t0 * (HG * V) + oi[:, None] * (HG * V) + ov[None, :], mask=(t < length)[:, None] & mv[None, :], other=0.0), 0
+            )
             total = tl.sum(tl.where((oi == BT - 1)[:, None], c, 0.0), 0)
             back = tl.exp2((total[None, :] - c) * LOG2E)
             ahead = tl.exp2(c * LOG2E)
@@ -189,7 +193,9 @@ def scan_kernel(
         ht += i_nh.to(tl.int64) * stride_head
         # `zero` keeps the compiler from carrying this tile of addresses through the loop in registers.
         later_k, later_v = ok + zero, ov + zero
-        tl.store(ht + later_k[:, None] * stride_k + later_v[None, :] * stride_v, state, mask=(later_k < K)[:, None] & (later_v < V)[None, :])
+        tl.store(
+            ht + later_k[:, None] * stride_k + later_v[None, :] * stride_v, state, mask=(later_k < K)[:, None] & (later_v < V)[None, :]
+        )
         if EXTRA > 0:
             tl.store(ht + K * stride_k + ov * stride_v, extra, mask=mv)
 
@@ -223,14 +229,14 @@ def decay_gradient_kernel(
             later += tl.load(carry + i_ng.to(tl.int64) * K + ok, mask=mk, other=0.0)
         dg += (start * G + i_g) * K
     chunks = tl.cdiv(length, BT)
-    for n in range(0, chunks):
+    for n in range(chunks):
         t = (chunks - 1 - n) * BT + oi
         row, row_k = t.to(tl.int64), (t - shift_k).to(tl.int64)
         m = (t < length)[:, None] & mk[None, :]
         mt = m & (row_k >= skip_k)[:, None]
         at = row_k[:, None] * (G * K) + ok[None, :]
         each = -tl.load(k + at, mask=mt, other=0.0).to(tl.float32) * tl.load(dk + at, mask=mt, other=0.0).to(tl.float32)
-        for r in range(0, R):
+        for r in range(R):
             at = row[:, None] * (G * R * K) + r * K + ok[None, :]
             each += tl.load(q + at, mask=m, other=0.0).to(tl.float32) * tl.load(dq + at, mask=m, other=0.0).to(tl.float32)
         if SCALAR:

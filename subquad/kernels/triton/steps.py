@@ -35,7 +35,7 @@ def step_kernel(
         b_v = (b_v - tl.sum(s * b_k[:, None], 0)) * tl.load(beta + i_bg).to(tl.float32)
     s += b_k[:, None] * b_v[None, :]
     tl.store(at, s, mask=inside)
-    for r in range(0, R):
+    for r in range(R):
         b_q = tl.load(q + (i_bg * R + r) * K + ok, mask=mk, other=0.0).to(tl.float32)
         tl.store(o + (i_bg * R + r) * V + ov, tl.sum(s * b_q[:, None], 0) * scale, mask=mv)
 
@@ -45,7 +45,7 @@ def attend(q, k, v, count, low, m, den, sums, log_scale, G: tl.constexpr, K: tl.
            BV: tl.constexpr):  # fmt: skip
     """Online softmax of one query over `count` rows of k, v, from row `low` in blocks of BN; m and den are scalars, m in log2."""
     on, ok, ov = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BV)
-    for i in range(0, tl.cdiv(count, BN)):
+    for i in range(tl.cdiv(count, BN)):
         has = i * BN + on < count
         row = (low + i * BN + on) * G
         b_k = tl.load(k + row[:, None] * K + ok[None, :], mask=has[:, None] & (ok < K)[None, :], other=0.0).to(tl.float32)
@@ -93,7 +93,7 @@ def window_step_kernel(
     k += (i_b * W * G + i_g) * K
     v += (i_b * W * G + i_g) * V
     log_scale = scale * LOG2E
-    for r in range(0, R):
+    for r in range(R):
         row = i_bg * R + r
         b_q = tl.load(q + row * K + ok, mask=ok < K, other=0.0).to(tl.float32)
         m, den = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
@@ -105,7 +105,9 @@ def window_step_kernel(
             m = tl.where(den > 0, tl.load(mix + row).to(tl.float32) * LOG2E, float("-inf"))
         m, den, sums = attend(b_q, k, v, W, 0, m, den, sums, log_scale, G, K, V, BN, BK, BV)
         if NS > 0:
-            m, den, sums = attend(b_q, sk + (i_b * NS * G + i_g) * K, sv + (i_b * NS * G + i_g) * V, NS, 0, m, den, sums, log_scale, G, K, V, BN, BK, BV)
+            m, den, sums = attend(
+                b_q, sk + (i_b * NS * G + i_g) * K, sv + (i_b * NS * G + i_g) * V, NS, 0, m, den, sums, log_scale, G, K, V, BN, BK, BV
+            )
         tl.store(o + row * V + ov, sums / den, mask=mv)
 
 

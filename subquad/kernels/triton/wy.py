@@ -86,7 +86,7 @@ def delta_kernel(
     if USE_H0:
         state += tl.load(h0 + (i_n.to(tl.int64) * G + i_g) * K * V + tile, mask=whole, other=0.0)
     hs += ((start // BT + i_n) * H + i_h) * K * V
-    for i_t in range(0, tl.cdiv(length, BT)):
+    for i_t in range(tl.cdiv(length, BT)):
         t = i_t * BT + oi
         inside = t < length
         row, row_q = (start + i_t * BT) * G + i_g, (start + i_t * BT) * H + i_h
@@ -147,7 +147,7 @@ def delta_back_kernel(
         state = tl.where(i_h % R == 0, state, 0.0)
     chunks = tl.cdiv(length, BT)
     ds += ((start // BT + i_n) * H + i_h) * K * V
-    for n in range(0, chunks):
+    for n in range(chunks):
         i_t = chunks - 1 - n
         t = i_t * BT + oi
         inside = t < length
@@ -220,7 +220,7 @@ def delta_gradient_kernel(
     d_beta = tl.zeros([BT], dtype=tl.float32)
     d_c = tl.zeros([BT], dtype=tl.float32)
     d_last = 0.0
-    for i_v in range(0, tl.cdiv(V, BV)):
+    for i_v in range(tl.cdiv(V, BV)):
         ov = i_v * BV + tl.arange(0, BV)
         mv = inside[:, None] & (ov < V)[None, :]
         tile, whole = ok[:, None] * V + ov[None, :], mk[:, None] & (ov < V)[None, :]
