@@ -29,8 +29,8 @@ def measure(target: str, case: str, seen: dict) -> dict[str, dict]:
     return rows
 
 
-def load() -> dict:
-    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+def load(file: Path = FILE) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def main() -> None:
@@ -42,14 +42,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--file", type=Path, default=FILE)
     asked = parser.parse_args()
     seen: dict = {}
     for target in asked.targets.split(","):
         for case in asked.cases.split(","):
             rows = measure(target, case, seen)
-            budget = load()
+            budget = load(asked.file)
             budget.setdefault(target, {})[case] = rows
-            FILE.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            asked.file.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             for name, row in rows.items():
                 print(target, case, name, row, flush=True)
 
