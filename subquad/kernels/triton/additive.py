@@ -97,7 +97,8 @@ class Additive(torch.autograd.Function):
         start = None if initial is None else (initial, G)
         options = dict(packing=packing, log_decay=log_decay, decay=kind_of(log_decay), initial=start, precision=precision)
         if final_wanted and H != G:  # outputs are per query head, the state per key/value head
-            scan(k, k, v, heads=G, out=_like(k, V), final=final, **options)
+            states = q.new_empty(packing.slots(SEGMENT_TOKENS), G, K, V, dtype=torch.float32)
+            scan(k, k, v, heads=G, out=v, states=states, final=final, **options)
             scan(q, k, v, heads=H, out=out, scale=scale, **options)
         else:
             scan(q, k, v, heads=H, out=out, scale=scale, final=final, **options)
@@ -132,6 +133,3 @@ class Additive(torch.autograd.Function):
             dg = decay_gradient(q, dq, k, dk_sum, carry, log_decay, packing)
         return dq.to(q.dtype), dk_sum.to(k.dtype), group_sum(dv, G, v.dtype), dg, dinitial, None, None, None, None, None
 
-
-def _like(x: Tensor, last: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], last)

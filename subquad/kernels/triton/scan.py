@@ -88,7 +88,7 @@ def scan_kernel(
         i_t = chunks - 1 - n if REVERSE else n
         if MODE == 1:
             if n % SEG == 0:
-                place = hs + (n // SEG) * H * ROWS * V
+                place = hs + tl.cast(n // SEG, tl.int64) * (H * ROWS * V)
                 tl.store(place + ok[:, None] * V + ov[None, :], state, mask=inside)
                 if EXTRA > 0:
                     tl.store(place + K * V + ov, extra, mask=mv)
