@@ -220,11 +220,11 @@ def band_query_kernel(
     if NS > 0:
         at = start_s * G + i_g
         has = (on < sinks)[:, None]
-        b_k = tl.load(sk + at * K + on[:, None] * (G * K) + ok[None, :], mask=has & mk[None, :], other=0.0)
-        b_v = tl.load(sv + at * V + on[:, None] * (G * V) + ov[None, :], mask=has & mv[None, :], other=0.0)
-        seen = here[:, None] & (on < NS)[None, :] & (position + t[:, None] - on[None, :] >= window)
-        _, slopes = weights_and_slopes(b_q, b_k, b_v, b_do, b_e, b_top, seen, log_scale, PRECISION)
-        b_dq = tl.dot(slopes.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        s_k = tl.load(sk + at * K + on[:, None] * (G * K) + ok[None, :], mask=has & mk[None, :], other=0.0)
+        s_v = tl.load(sv + at * V + on[:, None] * (G * V) + ov[None, :], mask=has & mv[None, :], other=0.0)
+        s_seen = here[:, None] & (on < NS)[None, :] & (position + t[:, None] - on[None, :] >= window)
+        _, s_slopes = weights_and_slopes(b_q, s_k, s_v, b_do, b_e, b_top, s_seen, log_scale, PRECISION)
+        b_dq = tl.dot(s_slopes.to(s_k.dtype), s_k, b_dq, input_precision=PRECISION)
     for i_b in range(tl.cdiv(window + BT, BT)):
         slot = t + (before - window + i_b * BT)
         exists = (slot >= 0) & (slot < length + before)
