@@ -126,11 +126,13 @@ def band_forward_kernel(
             if DECAY == 1:
                 past *= tl.exp2(c * LOG2E)[:, None]
                 past_mass *= tl.exp2(c * LOG2E)
-            den = tl.sum(similar, 1) + past_mass
+            older = position + t - window >= NS  # something has left the window; an initial state counts from then on
+            den = tl.where(older, tl.sum(similar, 1) + past_mass, 0.0)
             sums = tl.dot(similar.to(b_v.dtype), b_v, past, input_precision=PRECISION)
             b_mix = tl.load(mix + t0 * H + oi * H, mask=here, other=0.0).to(tl.float32)
             # A branch without mass must not set the maximum: everything else would underflow beneath it.
             m = tl.where(den > 0, b_mix * LOG2E, float("-inf"))
+            sums = tl.where(older[:, None], sums, 0.0)
         else:
             sums = tl.zeros([BT, BV], dtype=tl.float32)
         if NS > 0:
@@ -223,7 +225,7 @@ def band_query_kernel(
         s_k = tl.load(sk + at * K + on[:, None] * (G * K) + ok[None, :], mask=has & mk[None, :], other=0.0)
         s_v = tl.load(sv + at * V + on[:, None] * (G * V) + ov[None, :], mask=has & mv[None, :], other=0.0)
         s_seen = here[:, None] & (on < NS)[None, :] & (position + t[:, None] - on[None, :] >= window)
-        _, s_slopes = weights_and_slopes(b_q, s_k, s_v, b_do, b_e, b_top, s_seen, log_scale, PRECISION)
+        s_weights, s_slopes = weights_and_slopes(b_q, s_k, s_v, b_do, b_e, b_top, s_seen, log_scale, PRECISION)
         b_dq = tl.dot(s_slopes.to(s_k.dtype), s_k, b_dq, input_precision=PRECISION)
     for i_b in range(tl.cdiv(window + BT, BT)):
         slot = t + (before - window + i_b * BT)

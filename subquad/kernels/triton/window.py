@@ -46,6 +46,14 @@ class Band:
         """The first slot that may enter the state: sinks never do."""
         return max(0, self.sinks - (self.position - self.before))
 
+    def older(self, device) -> Tensor:
+        """[1, T] bool: queries for which something has left the window and is no sink; before that the linear branch does not count."""
+        t = torch.arange(self.packing.T, device=device)
+        if self.packing.cu is not None:
+            cu = self.packing.cu.long()
+            t = t - cu[torch.searchsorted(cu, t, right=True) - 1]
+        return (self.position + t - self.window >= self.sinks)[None]
+
     def sizes(self, q: Tensor, k: Tensor, v: Tensor) -> dict:
         H, K, G, V = q.shape[2], q.shape[3], k.shape[2], v.shape[3]
         return dict(H=H, R=H // G, K=K, V=V, BK=pad(K), VARLEN=self.packing.cu is not None, PRECISION=self.precision)
@@ -190,7 +198,8 @@ class WindowLinear(torch.autograd.Function):
         dout = dout.to(v.dtype).contiguous()
         e = -(dout.float() * out.float()).sum(-1)
         dq, dk, dv, dsk, dsv = backward(q, k, v, sink_k, sink_v, band, dout, e, top)
-        weight = (mix.float() - top).clamp_max(LARGEST_EXPONENT.get(v.dtype, 60.0)).exp().unsqueeze(-1)
+        weight = (mix.float() - top).clamp_max(LARGEST_EXPONENT.get(v.dtype, 60.0)).exp()
+        weight = (weight * band.older(q.device)[..., None]).unsqueeze(-1)
         query = (fq.float() * weight).to(v.dtype)
         dfq, dfk, dv_linear, dinitial = linear_backward(query, fk.to(v.dtype), v, g, initial, band, dout, e, dfinal)
         dmix = (query.float() * dfq).sum(-1).to(mix.dtype)
