@@ -1,42 +1,41 @@
-"""Compiled figures against the committed budget. The quick part runs in `make test`, everything in `make kernels` (SUBQUAD_AOT_ALL=1)."""
+"""What the compilers make of the kernels: bars that hold for everything, and the committed budget. `make test` compiles a little, `make kernels` all of it."""
 
 import os
 
 import budget
 import pytest
 from cases import CASES, NO_MATRIX
-from compiler import SHARED_LIMIT
+from compiler import SHARED_LIMIT, TARGETS
 
 BUDGET = budget.load()
-EVERYTHING = [(target, case) for target in BUDGET for case in BUDGET[target]]
-QUICK = [(target, "window_linear-none-64") for target in BUDGET]
-RUN = EVERYTHING if os.environ.get("SUBQUAD_AOT_ALL") == "1" else QUICK
+QUICK = [("sm_80", "additive-scalar-64")]
+RUN = [(target, case) for target in TARGETS for case in CASES] if os.environ.get("SUBQUAD_AOT_ALL") == "1" else QUICK
 SEEN: dict = {}
 
 
 @pytest.mark.parametrize(("target", "case"), RUN, ids=["-".join(pair) for pair in RUN])
-def test_nothing_grew(target, case):
-    """No more spills, shared memory or registers than the budget says, and no matrix instruction lost; a tenth of the instructions is left to the compiler."""
-    found, allowed = budget.measure(target, case, SEEN), BUDGET[target][case]
-    assert found.keys() == allowed.keys(), "kernels or their options changed: run tests/aot/budget.py and look at the difference"
+def test_compiled(target, case):
+    """Nothing spills, shared memory fits, products are on matrix units; and where a budget is kept, nothing grew."""
+    found = budget.measure(target, case, SEEN)
+    assert found
     for name, row in found.items():
-        was = allowed[name]
-        assert row["spill"] <= was["spill"] and row["shared"] <= was["shared"], (name, row, was)
-        assert row["registers"] <= 1.1 * was["registers"] and row["instructions"] <= 1.1 * was["instructions"], (name, row, was)
-        assert row["matrix"] >= 0.9 * was["matrix"] and row["matrix_kind"] == was["matrix_kind"], (name, row, was)
+        assert row["spill"] == 0 and row["shared"] <= SHARED_LIMIT[target], (name, row)
+        assert row["matrix"] or name.split("[")[0] in NO_MATRIX, (name, row)
+    allowed = BUDGET.get(target, {}).get(case)
+    if allowed is not None:
+        assert found.keys() == allowed.keys(), "kernels or their options changed: run tests/aot/budget.py and look at the difference"
+        for name, row in found.items():
+            assert not grew(row, allowed[name]), (name, row, allowed[name])
 
 
-ROWS = [(target, case, name, row) for target, case in EVERYTHING for name, row in BUDGET[target][case].items()]
+def grew(row: dict, was: dict) -> list[str]:
+    """The figures that are worse than in the budget; a tenth of registers and instructions is left to the compiler."""
+    worse = [key for key in ("spill", "shared") if row[key] > was[key]]
+    worse += [key for key in ("registers", "instructions") if row[key] > 1.1 * was[key]]
+    return worse + (["matrix"] if row["matrix"] < 0.9 * was["matrix"] or row["matrix_kind"] != was["matrix_kind"] else [])
 
 
-def test_matrix_instructions_in_every_matrix_kernel():
-    without = [row[:3] for row in ROWS if not row[3]["matrix"] and row[2].split("[")[0] not in NO_MATRIX]
-    assert not without
-
-
-def test_shared_memory_fits():
-    assert not [row[:3] for row in ROWS if row[3]["shared"] > SHARED_LIMIT[row[0]]]
-
-
-def test_budget_names_cases_that_exist():
-    assert ROWS and not {case for _, case in EVERYTHING} - set(CASES)
+def test_growth_is_seen():
+    was = {"spill": 0, "shared": 1000, "registers": 100, "instructions": 1000, "matrix": 50, "matrix_kind": "HMMA"}
+    assert not grew(was, was) and grew(was | {"spill": 4, "matrix_kind": ""}, was) == ["spill", "matrix"]
+    assert grew(was | {"registers": 120, "shared": 1001}, was) == ["shared", "registers"]

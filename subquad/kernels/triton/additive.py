@@ -33,7 +33,7 @@ def scan(
     initial: (tensor, heads it has); final: a tensor for `heads` heads; initial_strides: (head, k, v) of both. states: only leave the states there.
     """
     K, V = q.shape[-1], v.shape[-1]
-    tiles = scan_tiles(K, V, decay, v.element_size() == 4, roomy(v))
+    tiles = scan_tiles(K, V, decay, v.element_size() == 4, roomy())
     seg, blocks = SEGMENT_TOKENS // tiles.BT, triton.cdiv(V, tiles.BV)
     h0, h0_heads = initial if initial is not None else (q, heads)
     strides = initial_strides or (K * V, V, 1)
@@ -42,7 +42,7 @@ def scan(
         stride_head=strides[0], stride_k=strides[1], stride_v=strides[2], zero=0, H=heads, RQ=heads // q.shape[2], RK=heads // k.shape[2],
         RG=1 if log_decay is None else heads // log_decay.shape[2], RS=heads // h0_heads, K=K, V=V, BT=tiles.BT, BK=pad(K), BV=tiles.BV, SEG=seg,
         LEVELS=tiles.BT.bit_length() - 1, DECAY=decay, EXTRA=extra_side, REVERSE=reverse, VARLEN=packing.cu is not None,
-        PRECISION=precision_of(v, precision), **tiles.options,
+        PRECISION=precision_of(precision), **tiles.options,
     )  # fmt: skip
     g, x, cu = (q if given is None else given for given in (log_decay, extra, packing.cu))
     ht = q if final is None else final
@@ -132,4 +132,3 @@ class Additive(torch.autograd.Function):
                 carry = (final * dfinal).sum(-1).sum(-1) if kind == SCALAR else (final * dfinal).sum(-1)
             dg = decay_gradient(q, dq, k, dk_sum, carry, log_decay, packing)
         return dq.to(q.dtype), dk_sum.to(k.dtype), group_sum(dv, G, v.dtype), dg, dinitial, None, None, None, None, None
-

@@ -31,7 +31,7 @@ class Delta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, beta, log_decay, initial, scale, final_wanted, cu, out_dtype, precision):
         packing, (B, T, H, K), (G, V) = Packing.of(q, cu), q.shape, v.shape[2:]
-        precision = precision_of(v, precision)
+        precision = precision_of(precision)
         x = inverses(k, beta, log_decay, packing, precision)
         out = q.new_empty(B, T, H, V, dtype=out_dtype or v.dtype)
         final = q.new_empty(packing.N, G, K, V, dtype=torch.float32) if final_wanted else None
@@ -84,7 +84,7 @@ def inverses(k, beta, log_decay, packing: Packing, precision: str):
     invert_kernel[(triton.cdiv(T, BT), packing.N * G)](
         k, beta, k if log_decay is None else log_decay, x, k if packing.cu is None else packing.cu, T,
         G=G, K=K, BT=BT, BK=pad(K), LEVELS=BT.bit_length() - 1, GATED=log_decay is not None, VARLEN=packing.cu is not None,
-        PRECISION=precision, SOLVE=precision_of(k, None), num_warps=4, num_stages=1,
+        PRECISION=precision, SOLVE=precision_of(None), num_warps=4, num_stages=1,
     )  # fmt: skip
     return x
 

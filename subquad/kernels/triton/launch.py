@@ -35,17 +35,24 @@ def pad(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def precision_of(x: Tensor, asked: str | None) -> str:
+def cuda_arch() -> int:
+    """Compute capability times ten of the NVIDIA GPU that launches go to; 0 for other GPUs and for the interpreter."""
+    if INTERPRETED:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
+
+
+def precision_of(asked: str | None) -> str:
     """input_precision of tl.dot. Only fp32 operands are affected; tf32x3 keeps fp32 accuracy on NVIDIA's tensor cores, ieee is exact everywhere."""
     if asked is not None:
         return asked
-    return "tf32x3" if x.device.type == "cuda" and torch.version.hip is None else "ieee"
+    return "tf32x3" if cuda_arch() else "ieee"
 
 
-def roomy(x: Tensor) -> bool:
+def roomy() -> bool:
     """True where matrix units take operands from shared memory (NVIDIA from compute capability 9 on), so that registers are left for a large state."""
-    target = triton.runtime.driver.active.get_current_target() if not INTERPRETED else None
-    return target is None or (target.backend == "cuda" and target.arch >= 90)
+    return INTERPRETED or cuda_arch() >= 90
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Band:
 def band_of(q, k, window, sinks, scale, position, sink_k, cu, precision) -> Band:
     before = k.shape[1] - q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Band(window, sinks, scale, position, before, sink_k is None, Packing.of(q, cu), precision_of(k, precision))
+    return Band(window, sinks, scale, position, before, sink_k is None, Packing.of(q, cu), precision_of(precision))
 
 
 def forward(q, k, v, sink_k, sink_v, band: Band, *, out, total, top, logit=None, linear=None) -> None:
