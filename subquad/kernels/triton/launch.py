@@ -6,7 +6,6 @@ Key: T tokens, N sequences, K features, V columns.
 import os
 from dataclasses import dataclass
 
-import torch
 import triton
 from torch import Tensor
 
