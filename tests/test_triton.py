@@ -29,6 +29,7 @@ def test_ahead_of_time():
     run("aot", SUBQUAD_AOT="1")
 
 
-def test_the_package_never_imports_triton():
-    code = "import subquad, subquad.kernels.ops, sys; sys.exit('triton' in sys.modules and 'torch._inductor' not in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_the_package_needs_no_triton():
+    """Importing the package and its ops loads no kernel, and works where triton cannot be imported."""
+    code = "import sys; sys.modules['triton'] = None; import subquad, subquad.kernels.ops; sys.exit(any('kernels.triton' in m for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent).returncode == 0
