@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 # Where CPU-only wheels of torch are wanted and the default index has none: make demo TORCH_PIP_ARGS="--index-url ..."
 TORCH_PIP_ARGS ?=
 
-.PHONY: demo test style bench smoke-mixers zoo setup clean
+.PHONY: demo test style bench smoke-mixers zoo kernels setup clean
 
 demo: setup                ## convert a real model, heal it, measure it, sample from it; the page is runs/quickstart/report.html
 	$(BIN)/subquad run quickstart --out runs/quickstart
@@ -27,6 +27,11 @@ style: setup               ## lint and formatting of imports
 
 bench: setup               ## state bytes and decode speed of the quickstart student against its teacher
 	$(BIN)/subquad eval runs/quickstart/student --teacher smollm2-135m --data pydoc --set 'decode={contexts: [4096, 32768], new_tokens: 16}'
+
+kernels: setup             ## every Triton kernel: interpreter, all compiled figures against their budget, seeded bugs; half an hour
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --confcutdir=tests/interp tests/interp
+	SUBQUAD_AOT=1 SUBQUAD_AOT_ALL=1 $(BIN)/python -m pytest -q --confcutdir=tests/aot tests/aot
+	$(BIN)/python benchmarks/mutate_kernels.py
 
 setup: $(VENV)/.ready
 

@@ -380,6 +380,33 @@ def mixers(
         planned.render(reporter(json).console)
 
 
+@command(app)
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compare every kernel with its definition on this machine, and time it.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """What is installed and what it means here. With --kernels: are the numbers right on this device? Exits with 1 if not."""
+    from subquad import doctor as checks
+
+    found = checks.environment()
+    if not json:
+        for text in checks.render(found):
+            print(text)
+    rows = []
+    for row in checks.kernels() if kernels else ():
+        rows.append(row)
+        if not json:
+            print(checks.line(row), flush=True)
+    if kernels and not json and checks.unchecked():
+        print(checks.unchecked())
+    if json:
+        show(found | {"findings": checks.findings(found), "kernels": rows})
+    if not all(row["ok"] for row in rows):
+        stop(["Some kernels do not compute what they should here. Please report the lines above with your GPU's name."], code=1)
+
+
 @command(recipes_app, "ls")
 def recipes_ls(json: Json = False) -> None:
     """Names and one line each."""

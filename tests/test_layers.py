@@ -27,6 +27,7 @@ BELOW["smoke"] = {"recipe"}
 BELOW["inputs"] = {"recipe", "smoke"} | PARTS
 BELOW["healing"] = {"progress"} | PARTS
 BELOW["selection"] = {"healing", "progress", "recipe"} | PARTS
+BELOW["doctor"] = {"kernels"}
 BELOW["talk"] = {"inputs"} | PARTS
 BELOW["verbs"] = {"folder", "healing", "progress", "recipe"} | PARTS
 BELOW["leakage"] = PARTS

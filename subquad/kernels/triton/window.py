@@ -1,0 +1,235 @@
+"""Ops 3 and 5 on GPUs: `band` and, for the linear branch's gradients and for long single sequences, `scan`. Saved: inputs, output, one number a query.
+
+Key: B batch, T queries, X slots, H query heads, G key/value heads, K key size, V value size, F features, N sequences, NS sinks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from subquad.kernels.triton.additive import KEYS, NONE, SCALAR, VALUES, decay_gradient, group_sum, kind_of, scan
+from subquad.kernels.triton.band import band_forward_kernel, band_key_kernel, band_query_kernel, band_sink_kernel
+from subquad.kernels.triton.launch import SEGMENT_TOKENS, Packing, Tiles, pad, precision_of
+
+ACROSS = {NONE: NONE, SCALAR: SCALAR, KEYS: VALUES}  # the decay's axis when keys and values change places
+LARGEST_EXPONENT = {torch.float16: 10.0}  # of a query's weight in the backward pass; others hold e^60
+
+
+def band_tiles(K: int, V: int, wide: bool) -> Tiles:
+    return Tiles(32 if wide or max(pad(K), pad(V)) > 64 else 64, pad(V), 4 if max(pad(K), pad(V)) <= 64 else 8, 1 if wide else 2)
+
+
+def linear_tiles(K: int, V: int, F: int, decay: int, wide: bool) -> Tiles:
+    """The state F x BV lives in registers beside the window's tiles."""
+    BV = min(pad(V), max(16, 8192 // pad(F)))
+    BT = 16 if decay == KEYS or wide else 32
+    return Tiles(BT, BV, 8 if pad(F) * BV > 4096 or pad(K) > 64 else 4, 1)
+
+
+@dataclass(frozen=True)
+class Band:
+    """The band of one call: sizes, where its sinks are, how its tokens are packed."""
+
+    window: int
+    sinks: int
+    scale: float
+    position: int
+    before: int  # slots before the first query
+    inside: bool  # sinks are the first slots of k
+    packing: Packing
+    precision: str
+
+    @property
+    def skip(self) -> int:
+        """The first slot that may enter the state: sinks never do."""
+        return max(0, self.sinks - (self.position - self.before))
+
+    def older(self, device) -> Tensor:
+        """[1, T] bool: queries for which something has left the window and is no sink; before that the linear branch does not count."""
+        t = torch.arange(self.packing.T, device=device)
+        if self.packing.cu is not None:
+            cu = self.packing.cu.long()
+            t = t - cu[torch.searchsorted(cu, t, right=True) - 1]
+        return (self.position + t - self.window >= self.sinks)[None]
+
+    def sizes(self, q: Tensor, k: Tensor, v: Tensor) -> dict:
+        H, K, G, V = q.shape[2], q.shape[3], k.shape[2], v.shape[3]
+        return dict(H=H, R=H // G, K=K, V=V, BK=pad(K), VARLEN=self.packing.cu is not None, PRECISION=self.precision)
+
+    def cu(self, other: Tensor) -> Tensor:
+        return other if self.packing.cu is None else self.packing.cu
+
+
+def band_of(q, k, window, sinks, scale, position, sink_k, cu, precision) -> Band:
+    before = k.shape[1] - q.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return Band(window, sinks, scale, position, before, sink_k is None, Packing.of(q, cu), precision_of(precision))
+
+
+def forward(q, k, v, sink_k, sink_v, band: Band, *, out, total, top, logit=None, linear=None) -> None:
+    """Launch `band_forward_kernel`. linear: (fq, fk, mix, log_decay, initial, final) or None."""
+    packing, (K, V), G = band.packing, (q.shape[-1], v.shape[-1]), k.shape[2]
+    sk, sv = (k, v) if sink_k is None else (sink_k, sink_v)
+    wide = v.element_size() == 4
+    sizes = band.sizes(q, k, v) | dict(NS=band.sinks, BN=pad(band.sinks), LOGIT=logit is not None, LINEAR=linear is not None)
+    fq, fk, mix, g, initial, final = linear if linear is not None else (None,) * 6
+    kind, F = kind_of(g), 1 if fq is None else fq.shape[-1]
+    tiles = band_tiles(K, V, wide) if linear is None else linear_tiles(K, V, F, kind, wide)
+    segmented = linear is not None and packing.segmented(packing.N * sizes["H"] * triton.cdiv(V, tiles.BV))
+    chunks = triton.cdiv(packing.T, tiles.BT)
+    SEG = SEGMENT_TOKENS // tiles.BT if segmented else (1 if linear is None else max(1, chunks))
+    hs = None
+    if segmented:
+        hs = q.new_empty(packing.slots(SEGMENT_TOKENS), G, V + 1, F, dtype=torch.float32)
+        scan_states(v, fk, g, band, initial, final, hs)
+    given = (fq, fk, mix, g, logit, total, initial, final, hs)
+    fq, fk, mix, g, logit, total, h0, ht, hs = (q if x is None else x for x in given)
+    band_forward_kernel[(triton.cdiv(V, tiles.BV), triton.cdiv(chunks, SEG), packing.N * sizes["H"])](
+        q, k, v, fq, fk, mix, g, sk, sv, logit, out, total, top, h0, ht, hs, band.cu(q),
+        band.scale, packing.T, k.shape[1], sk.shape[1], band.before, band.position, band.window, band.skip,
+        F=F, BT=tiles.BT, BV=tiles.BV, BF=pad(F), SEG=SEG if segmented or linear is None else 2**30 // tiles.BT, LEVELS=tiles.BT.bit_length() - 1, DECAY=kind,
+        SEGMENTED=segmented, USE_H0=initial is not None, STORE_HT=final is not None and not segmented, **sizes, **tiles.options,
+    )  # fmt: skip
+
+
+def scan_states(v, fk, g, band: Band, initial, final, hs) -> None:
+    """The linear branch's states at every SEGMENT_TOKENS tokens, [V + 1, F] each, and the final one."""
+    G, F, V = fk.shape[2], fk.shape[-1], v.shape[-1]
+    shift = band.window - band.before
+    scan(v, v, fk, heads=G, out=v, packing=band.packing, log_decay=g, decay=ACROSS[kind_of(g)], extra=None, extra_side=1, states=hs,
+         initial=None if initial is None else (initial, G), initial_strides=(F * (V + 1), 1, V + 1), final=final, shift_k=shift, skip_k=band.skip,
+         precision=band.precision)  # fmt: skip
+
+
+def backward(q, k, v, sink_k, sink_v, band: Band, do, e, top):
+    """(dq, dk, dv, dsink_k, dsink_v) of the window and the sinks; dk, dv per query head. do in the dtype of v, e and top fp32."""
+    packing, (B, T, H, K), (X, G, V) = band.packing, q.shape, v.shape[1:]
+    tiles = band_tiles(K, V, v.element_size() == 4)
+    sizes = band.sizes(q, k, v) | dict(BT=tiles.BT, BV=pad(V))
+    sk, sv = (k, v) if sink_k is None else (sink_k, sink_v)
+    TS, cu, BN = sk.shape[1], band.cu(q), pad(band.sinks)
+    place = (packing.T, X)
+    dq = torch.empty_like(q)
+    band_query_kernel[(triton.cdiv(T, tiles.BT), packing.N * H)](
+        q, k, v, sk, sv, do, e, top, dq, cu, band.scale, *place, TS, band.before, band.position, band.window, NS=band.sinks, BN=BN, **sizes,
+        **tiles.options,
+    )  # fmt: skip
+    part = torch.float32 if H != G or band.sinks else v.dtype
+    dk, dv = (q.new_empty(B, X, H, size, dtype=part) for size in (K, V))
+    band_key_kernel[(triton.cdiv(X, tiles.BT), packing.N * H)](
+        q, k, v, do, e, top, dk, dv, cu, band.scale, *place, band.before, band.window, **sizes, **tiles.options
+    )
+    if not band.sinks:
+        return dq, dk, dv, None, None
+    SEG = 1024 // tiles.BT
+    parts = [q.new_zeros(packing.slots(1024), H, band.sinks, size, dtype=torch.float32) for size in (K, V)]
+    owner = torch.zeros(parts[0].shape[0], dtype=torch.int64, device=q.device)
+    band_sink_kernel[(triton.cdiv(T, 1024), packing.N * H)](
+        q, sk, sv, do, e, top, *parts, owner, cu, band.scale, packing.T, TS, band.position, band.window, NS=band.sinks, BN=BN, SEG=SEG, **sizes,
+        **tiles.options,
+    )  # fmt: skip
+    sums = [x.new_zeros(packing.N, *x.shape[1:]).index_add_(0, owner, x).transpose(1, 2) for x in parts]  # [N, NS, H, K | V]
+    if not band.inside:
+        return dq, dk, dv, *(group_sum(x, G, torch.float32) for x in sums)
+    for whole, part in zip((dk, dv), sums, strict=True):
+        add_at_starts(whole, part, packing)
+    return dq, dk, dv, None, None
+
+
+def add_at_starts(x_BXHD: Tensor, part_NSHD: Tensor, packing: Packing) -> None:
+    """x += part at the first rows of every sequence, as far as it has them."""
+    if packing.cu is None:
+        rows = min(part_NSHD.shape[1], x_BXHD.shape[1])
+        x_BXHD[:, :rows] += part_NSHD[:, :rows]
+        return
+    row = packing.cu[:-1, None].long() + torch.arange(part_NSHD.shape[1], device=x_BXHD.device)
+    exists = (row < packing.cu[1:, None]).flatten()
+    part = part_NSHD.flatten(0, 1) * exists[:, None, None]
+    x_BXHD[0].index_add_(0, row.flatten().clamp_max(x_BXHD.shape[1] - 1), part)
+
+
+class Banded(torch.autograd.Function):
+    """(q, k, v, sink_k, sink_v, sink_logit, window, sinks, scale, position, cu_seqlens, precision) -> (numerator, denominator, maximum)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink_k, sink_v, logit, window, sinks, scale, position, cu, precision):
+        band = band_of(q, k, window, sinks, scale, position, sink_k, cu, precision)
+        B, T, H = q.shape[:3]
+        out = q.new_empty(B, T, H, v.shape[-1], dtype=torch.float32)
+        total, top = (q.new_empty(B, T, H, dtype=torch.float32) for _ in range(2))
+        forward(q, k, v, sink_k, sink_v, band, out=out, total=total, top=top, logit=logit)
+        ctx.save_for_backward(q, k, v, sink_k, sink_v, logit, top, cu)
+        ctx.band = band
+        ctx.mark_non_differentiable(top)
+        return out, total, top
+
+    @staticmethod
+    def backward(ctx, dout, dtotal, _):
+        q, k, v, sink_k, sink_v, logit, top, _ = ctx.saved_tensors
+        dtotal = dtotal.float().contiguous()
+        dq, dk, dv, dsk, dsv = backward(q, k, v, sink_k, sink_v, ctx.band, dout.to(v.dtype).contiguous(), dtotal, top)
+        G = k.shape[2]
+        dlogit = None if logit is None else (dtotal * (logit.float() - top).exp()).sum((0, 1)).to(logit.dtype)
+        dsk, dsv = (None if x is None else x.to(k.dtype) for x in (dsk, dsv))
+        return dq, group_sum(dk, G, k.dtype), group_sum(dv, G, v.dtype), dsk, dsv, dlogit, None, None, None, None, None, None
+
+
+class WindowLinear(torch.autograd.Function):
+    """(q, k, v, fq, fk, mix, log_decay, initial, sink_k, sink_v, window, sinks, scale, position, final?, cu_seqlens, precision) -> (o, final state)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, fq, fk, mix, g, initial, sink_k, sink_v, window, sinks, scale, position, final_wanted, cu, precision):
+        band = band_of(q, k, window, sinks, scale, position, sink_k, cu, precision)
+        (B, T, H), (G, V), F = q.shape[:3], v.shape[2:], fq.shape[-1]
+        out = q.new_empty(B, T, H, V, dtype=v.dtype)
+        top = q.new_empty(B, T, H, dtype=torch.float32)
+        final = q.new_empty(band.packing.N, G, F, V + 1, dtype=torch.float32) if final_wanted else None
+        forward(q, k, v, sink_k, sink_v, band, out=out, total=None, top=top, linear=(fq, fk, mix, g, initial, final))
+        ctx.save_for_backward(q, k, v, fq, fk, mix, g, initial, sink_k, sink_v, out, top, final if g is not None else None, cu)
+        ctx.band = band
+        return out, final
+
+    @staticmethod
+    def backward(ctx, dout, dfinal):
+        q, k, v, fq, fk, mix, g, initial, sink_k, sink_v, out, top, final, _ = ctx.saved_tensors
+        band, G = ctx.band, k.shape[2]
+        dout = dout.to(v.dtype).contiguous()
+        e = -(dout.float() * out.float()).sum(-1)
+        dq, dk, dv, dsk, dsv = backward(q, k, v, sink_k, sink_v, band, dout, e, top)
+        weight = (mix.float() - top).clamp_max(LARGEST_EXPONENT.get(v.dtype, 60.0)).exp()
+        weight = (weight * band.older(q.device)[..., None]).unsqueeze(-1)
+        query = (fq.float() * weight).to(v.dtype)
+        dfq, dfk, dv_linear, dinitial = linear_backward(query, fk.to(v.dtype), v, g, initial, band, dout, e, dfinal)
+        dmix = (query.float() * dfq).sum(-1).to(mix.dtype)
+        dfk = group_sum(dfk, G, torch.float32)
+        dg = None
+        if g is not None:
+            carry = None
+            if dfinal is not None:
+                carry = (final * dfinal).sum(-1).sum(-1) if g.dim() == 3 else (final * dfinal).sum(-1)
+            dg = decay_gradient(query, dfq, fk, dfk, carry, g, band.packing, band.window - band.before, band.skip)
+        dsk, dsv = (None if x is None else x.to(k.dtype) for x in (dsk, dsv))
+        dv = group_sum(dv.float() + dv_linear.float(), G, v.dtype)
+        grads = (dq, group_sum(dk, G, k.dtype), dv, (dfq * weight).to(fq.dtype), dfk.to(fk.dtype), dmix, dg, dinitial, dsk, dsv)
+        return *grads, None, None, None, None, None, None, None
+
+
+def linear_backward(query, fk, v, g, initial, band: Band, do, e, dfinal):
+    """Gradients of the weighted queries, of fk and v (per query head, fp32) and of the initial state, through the linear branch."""
+    (B, T, H, F), (X, G, V) = query.shape, v.shape[1:]
+    kind, shift, skip = kind_of(g), band.window - band.before, band.skip
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    start, end = (None if x is None else (x, G) for x in (initial, dfinal))
+    turned, straight = (F * (V + 1), 1, V + 1), (F * (V + 1), V + 1, 1)
+    dquery = query.new_empty(B, T, H, F, dtype=torch.float32)
+    dfk, dv = (query.new_zeros(B, X, H, size, dtype=torch.float32) for size in (F, V))  # slots that never leave the window stay zero
+    dinitial = None if initial is None else query.new_empty(band.packing.N, H, F, V + 1, dtype=torch.float32)
+    common = dict(heads=H, packing=band.packing, log_decay=g, precision=band.precision)
+    exchanged = dict(decay=ACROSS[kind], extra=e, initial_strides=turned, **common)
+    late, early = dict(shift_k=shift, skip_k=skip), dict(shift_q=shift, skip_q=skip, reverse=True)
+    scan(do, v, fk, out=dquery, extra_side=1, initial=start, **late, **exchanged)
+    scan(v, do, query, out=dfk, extra_side=2, initial=end, final=dinitial, **early, **exchanged)
+    scan(fk, query, do, out=dv, decay=kind, initial=end, initial_strides=straight, **early, **common)
+    return dquery, dfk, dv, None if dinitial is None else dinitial.unflatten(1, (G, -1)).sum(2)

@@ -1,0 +1,183 @@
+"""Compile Triton kernels for GPUs that are not here, and read off what the compilers decided.
+
+A stand-in driver names the target; the ops are called with CPU tensors, and every launch compiles instead of running, so that specialisation (16-byte
+alignment, arguments equal to 1, missing arguments) is exactly a launch's. The wheel brings ptxas, cuobjdump and the AMD linker. Nothing is executed:
+figures are registers, spills, shared memory and instructions, never a time on a GPU. Not in one process with the interpreter.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may have
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "QGMMA")  # SASS; on AMD every v_mfma
+
+
+class StandIn(DriverBase):
+    """A driver for a GPU that is not there: it knows the target and refuses to run anything."""
+
+    def __init__(self, name: str):
+        self.name, self.target = name, TARGETS[name]
+
+    @classmethod
+    def is_active(cls):
+        return False
+
+    def map_python_to_cpp_type(self, kind):
+        return kind
+
+    def get_current_target(self):
+        return self.target
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_benchmarker(self):
+        raise RuntimeError("nothing can be timed here")
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_device_capability(self, device=0):
+        return divmod(self.target.arch, 10) if self.target.backend == "cuda" else (9, 4)
+
+    @property
+    def utils(self):
+        limit = SHARED_LIMIT[self.name]
+
+        class Properties:
+            @staticmethod
+            def get_device_properties(_):
+                return {"max_shared_mem": limit, "multiprocessor_count": 132, "warpSize": 32}
+
+        return Properties
+
+
+@dataclass
+class Compiled:
+    kernel: str
+    target: str
+    options: dict
+    seconds: float
+    figures: dict = field(default_factory=dict)
+
+    def row(self) -> dict:
+        return {"kernel": self.kernel, "target": self.target, **self.options, **self.figures}
+
+
+@contextlib.contextmanager
+def compiling(name: str, seen: dict | None = None):
+    """Inside, every launch is compiled for target `name`; yields the list of Compiled, one per distinct kernel.
+
+    seen: shared between calls, so that one kernel is compiled and read once.
+    """
+    found: list[Compiled] = []
+    seen = {} if seen is None else seen
+    run, getitem = JITFunction.run, triton.KernelInterface.__getitem__
+
+    def compile_only(function, *args, grid, warmup, **kwargs):
+        function.device_caches.clear()
+        began = cpu_seconds()
+        kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
+        kernel = kernel.result() if isinstance(kernel, Future) else kernel
+        seconds = cpu_seconds() - began
+        if (name, kernel.hash) not in seen:
+            options = {"warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages}
+            options |= {
+                key: kwargs[key] for key in ("K", "V", "F", "BT", "BV", "DECAY", "MODE", "EXTRA", "REVERSE", "LINEAR") if key in kwargs
+            }
+            seen[name, kernel.hash] = Compiled(function.__name__, name, options, seconds, figures(kernel, TARGETS[name]))
+        found.append(seen[name, kernel.hash])
+        return kernel
+
+    driver.set_active(StandIn(name))
+    JITFunction.run = compile_only
+    triton.KernelInterface.__getitem__ = lambda kernel, grid: lambda *a, **k: kernel.run(*a, grid=grid, warmup=True, **k)
+    try:
+        yield found
+    finally:
+        JITFunction.run, triton.KernelInterface.__getitem__ = run, getitem
+
+
+def cpu_seconds() -> float:
+    """Processor seconds of this process and its children (ptxas): the same however busy the machine is."""
+    return sum(os.times()[:4])
+
+
+def figures(kernel, target: GPUTarget) -> dict:
+    return nvidia(kernel, target.arch) if target.backend == "cuda" else amd(kernel)
+
+
+def _tool(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def nvidia(kernel, arch: int) -> dict:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx, tempfile.NamedTemporaryFile("wb", suffix=".cubin") as cubin:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        gpu = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        said = _tool(get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", gpu, ptx.name, "-o", os.devnull)
+        listing = _tool(triton.knobs.nvidia.cuobjdump.path, "-sass", cubin.name)
+    stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups())
+    names = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing))
+    kinds = Counter()
+    for name, count in names.items():
+        kinds[name.split(".")[0]] += count
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said).group(1)),
+        "spill": stores + loads,
+        "stack": stack,
+        "shared": kernel.metadata.shared,
+        "instructions": sum(names.values()) - kinds["NOP"],
+        "matrix": sum(kinds[kind] for kind in MATRIX),
+        "matrix_kind": max(MATRIX, key=lambda kind: kinds[kind]) if any(kinds[kind] for kind in MATRIX) else "",
+    }
+
+
+def amd(kernel) -> dict:
+    text = kernel.asm["amdgcn"]
+
+    def note(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    names = Counter(re.findall(r"^\s+((?:v|s|ds|global|buffer|scratch)_\w+)", text, re.M))
+    return {
+        "registers": note("vgpr_count"),
+        "spill": 4 * note("vgpr_spill_count"),
+        "scalar_spill": note("sgpr_spill_count"),  # to lanes of vector registers, not to memory
+        "stack": note("private_segment_fixed_size"),
+        "shared": kernel.metadata.shared,
+        "instructions": sum(names.values()),
+        "matrix": sum(count for name, count in names.items() if "mfma" in name),
+        "matrix_kind": "mfma" if any("mfma" in name for name in names) else "",
+    }
