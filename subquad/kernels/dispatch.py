@@ -16,7 +16,7 @@ from subquad.registry import check_name
 
 OPS = ("additive", "delta", "banded", "window_linear", "additive_step", "delta_step", "window_linear_step")
 
-# name -> "module:attribute"; the attribute is one that every backend has. In the order in which `auto` asks.
+# name -> "module:attribute"; the attribute is one that every backend has.
 BACKENDS = {
     "triton": "subquad.kernels.triton.functions:additive",
     "cpu": "subquad.kernels.cpu.functions:additive",
@@ -65,8 +65,8 @@ def call(op: str, backend: str, /, *args, **kwargs):
 
 def _choose(op: str, args: tuple, kwargs: dict[str, Any]) -> str:
     on_cpu = next(x for x in args if isinstance(x, Tensor)).device.type == "cpu"
-    first = "cpu" if on_cpu else "triton"
-    found = first if why_not(first, op, args, kwargs) is None else "torch"
+    # On a GPU torch: the Triton kernels are asked for by name until each has been compiled for its targets (docs/kernels_triton.md).
+    found = "cpu" if on_cpu and why_not("cpu", op, args, kwargs) is None else "torch"
     if (op, found) not in _said:
         _said.add((op, found))
         log.info("%s: backend %s", op, found)

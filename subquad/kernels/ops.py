@@ -3,11 +3,11 @@
     definition   the equation, pair by pair or token by token, in the dtype of the inputs: the oracle
     torch        blocked and chunkwise forms out of torch's own operations: any device, second choice everywhere
     cpu          C++ compiled on first use (AVX-512, AVX2 or portable)
-    triton       GPUs
+    triton       GPUs, when asked for by name
 
 Query head h belongs to key/value head h // (H / G); keys are never repeated. States, normalisers and log decays are fp32 whatever the inputs.
-`cu_seqlens` [N + 1] (int, from 0 to T) packs N sequences into one row (B = 1); states then have N rows. `backend="auto"` takes the fastest that can
-run and logs once per op what it took; a backend asked for by name that cannot run is a UserError that says why.
+`cu_seqlens` [N + 1] (int, from 0 to T) packs N sequences into one row (B = 1); states then have N rows. `backend="auto"` takes cpu for
+tensors in main memory where it can, torch otherwise, and logs once per op what it took; a backend asked for by name that cannot run is a UserError that says why.
 
 Key: B batch, T tokens, X = T + slots before the first token, H query heads, G key/value heads, K key size, V value size, F features, N sequences
 or sinks, W window.
