@@ -27,6 +27,7 @@ class ByHead(nn.Module):
         super().__init__()
         self.heads, self.mixers = [heads for heads, _ in parts], nn.ModuleList(mixer for _, mixer in parts)
         self.total_kv_heads, self.shape = like.total_kv_heads, like.shape
+        self.plain = any(mixer.plain for mixer in self.mixers)
 
     def forward(self, call: AttentionCall) -> Tensor:
         outs, order = [], []
@@ -36,6 +37,8 @@ class ByHead(nn.Module):
                 q_BTGRK=call.q_BTGRK[:, :, index], k_BTGK=call.k_BTGK[:, :, index], v_BTGV=call.v_BTGV[:, :, index], hidden_BTD=call.hidden_BTD,
                 scale=call.scale, real_BT=call.real_BT, fewest=call.fewest, softcap=call.softcap,
                 sink_logit_GR=None if call.sink_logit_GR is None else call.sink_logit_GR[index],
+                plain_q_BTGRK=None if call.plain_q_BTGRK is None else call.plain_q_BTGRK[:, :, index],
+                plain_k_BTGK=None if call.plain_k_BTGK is None else call.plain_k_BTGK[:, :, index],
             )))  # fmt: skip
             order += index
         return torch.cat(outs, 2)[:, :, [order.index(g) for g in range(len(order))]]

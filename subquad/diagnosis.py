@@ -7,10 +7,12 @@ Key: B batch, T tokens, G key/value heads, R query heads each, P heads, S keys, 
 import json
 import math
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -178,17 +180,27 @@ def linear_share(seam: LayerSeam, call: AttentionCall, out_BTGRV: Tensor) -> flo
 def effective_map(mixer, call: AttentionCall) -> Tensor | None:
     """The weights [P, T, S] a mixer gives to the first row's tokens, read off by handing it one-hot values; None for a mixer whose output is not
     a weighted sum of values."""
-    T = call.k_BTGK.shape[1]
-    eye = torch.eye(T, device=call.k_BTGK.device)[None, :, None].expand(1, T, call.k_BTGK.shape[2], T)
-    one = AttentionCall(
-        q_BTGRK=call.q_BTGRK[:1].float(), k_BTGK=call.k_BTGK[:1].float(), v_BTGV=eye, hidden_BTD=call.hidden_BTD[:1], scale=call.scale, fewest=T,
-        softcap=call.softcap, sink_logit_GR=call.sink_logit_GR,
-    )  # fmt: skip
-    try:
-        weights = mixer(one)
-    except RuntimeError:
-        return None
-    return weights[0].permute(1, 2, 0, 3).flatten(0, 1) if weights.shape[-1] == T else None
+    T, V = call.k_BTGK.shape[1], call.v_BTGV.shape[-1]
+    eye = F.pad(torch.eye(T, device=call.k_BTGK.device), (0, -T % V))[None, :, None].expand(1, -1, call.k_BTGK.shape[2], -1)
+    own = {name: None if (x := getattr(call, name)) is None else x[:1].float() for name in ("plain_q_BTGRK", "plain_k_BTGK")}
+    columns = []
+    for values in eye.split(V, -1):  # a mixer's state holds values of its own size
+        one = AttentionCall(
+            q_BTGRK=call.q_BTGRK[:1].float(), k_BTGK=call.k_BTGK[:1].float(), v_BTGV=values, hidden_BTD=call.hidden_BTD[:1], scale=call.scale,
+            fewest=T, softcap=call.softcap, sink_logit_GR=call.sink_logit_GR, **own,
+        )  # fmt: skip
+        columns.append(mixer(one))
+    weights = torch.cat(columns, -1)[..., :T]
+    v_TPV = call.v_BTGV[0].float().repeat_interleave(call.q_BTGRK.shape[3], 1)
+    again = torch.einsum("tps,spv->tpv", weights[0].flatten(1, 2), v_TPV)
+    linear = torch.allclose(again, mixer(first_row(call)).float()[0].flatten(1, 2), atol=1e-3, rtol=1e-3)
+    return weights[0].permute(1, 2, 0, 3).flatten(0, 1) if linear else None
+
+
+def first_row(call: AttentionCall) -> AttentionCall:
+    """The first row of a call without padding or state."""
+    rows = ("q_BTGRK", "k_BTGK", "v_BTGV", "hidden_BTD", "plain_q_BTGRK", "plain_k_BTGK")
+    return replace(call, **{name: None if (x := getattr(call, name)) is None else x[:1] for name in rows})
 
 
 def teacher_logits(call: AttentionCall) -> Tensor:

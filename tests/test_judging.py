@@ -98,7 +98,7 @@ MISTAKES = {
     "unknown suite": (lambda p: ["--suite", "standart"], ["Did you mean 'standard'"]),
     "broken lines": (lambda p: ["--tasks", "broken"], ["broken.jsonl, line 2", "gold 9"]),
     "no items left": (lambda p: ["--tasks", "quiz", "--limit", "0"], ["0 leaves no items"]),
-    "no tokenizer": (lambda p: ["--tasks", "quiz", no_tokenizer(p)], ["no tokenizer"]),
+    "no tokenizer": (lambda p: ["--tasks", "quiz", no_tokenizer(p)], ["Could not open", "tokenizer"]),
     "suite without files": (lambda p: ["--suite", "standard"], ["no file 'arc_easy'"]),
     "unknown model": (lambda p: ["--tasks", "quiz", "--models", "techer"], ["Did you mean 'teacher'"]),
     "out without tasks": (lambda p: ["--models", "student"], ["--tasks or --suite"]),

@@ -70,7 +70,8 @@ def additive_chunk(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: T
         before, state = running[:, :, :-1], running[:, :, -1]
         out = weights @ v.unsqueeze(3) + q @ before.unsqueeze(3)
     else:
-        log = log_decay.to(dtype).clamp_min(LOWEST) if vector else log_decay.float()
+        # Scalar: differences of sums over a chunk of strong decays (64 x -20) lose their last digits in fp32.
+        log = log_decay.to(dtype).clamp_min(LOWEST) if vector else log_decay.double()
         log = _chunks(log, C)  # [B, G, N, C] or [B, G, N, C, F]
         c = log.cumsum(3)
         last = c[:, :, :, -1:]
@@ -80,9 +81,9 @@ def additive_chunk(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: T
             weights = weights.masked_fill(~mask, 0.0)
             read, write, fade = c.exp().unsqueeze(3), (last - c).exp(), last.exp().transpose(-1, -2)
         else:
-            decay = (c.unsqueeze(-1) - c.unsqueeze(-2)).masked_fill(~mask, float("-inf")).exp()  # [B, G, N, C, C]
+            decay = (c.unsqueeze(-1) - c.unsqueeze(-2)).to(dtype).masked_fill(~mask, float("-inf")).exp()  # [B, G, N, C, C]
             weights = (q @ k.transpose(-1, -2).unsqueeze(3)) * decay.unsqueeze(3)
-            read, write, fade = c.exp().unsqueeze(3).unsqueeze(-1), (last - c).exp().unsqueeze(-1), last.exp().unsqueeze(-1)
+            read, write, fade = (x.to(dtype).exp().unsqueeze(-1) for x in (c.unsqueeze(3), last - c, last))
         sums = (k * write).transpose(-1, -2) @ v
         before = []
         for n in range(sums.shape[2]):

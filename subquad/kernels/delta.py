@@ -62,8 +62,10 @@ def delta_chunk(
     if log_decay_BTG is None:
         c = k.new_zeros(k.shape[:-1])
     else:
-        c = _chunks(log_decay_BTG.float(), C).cumsum(3)  # [B, G, N, C]
-    decay = (c.unsqueeze(-1) - c.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()  # [B, G, N, C, C]
+        c = _chunks(log_decay_BTG.double(), C).cumsum(3)  # [B, G, N, C]; fp64: see additive.py
+    decay = (c.unsqueeze(-1) - c.unsqueeze(-2)).float().masked_fill(~causal, float("-inf")).exp()  # [B, G, N, C, C]
+    left = (c[..., -1:] - c).float().exp().unsqueeze(-1)
+    c = c.float()
 
     within = (beta * (k @ k.transpose(-1, -2)) * decay).tril(-1)
     # One solve gives both right-hand sides: U = solved_v - solved_k S.
@@ -72,7 +74,7 @@ def delta_chunk(
     solved_v, solved_k = solved.split([v.shape[-1], feat], -1)
     weights = (q @ k.transpose(-1, -2).unsqueeze(3)) * decay.unsqueeze(3)
     read = q * c.exp().unsqueeze(3).unsqueeze(-1)
-    write = k * (c[..., -1:] - c).exp().unsqueeze(-1)
+    write = k * left
     fade = c[..., -1].exp()[..., None, None]
     out = []
     for n in range(k.shape[2]):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.dispatch import call
+from subquad.kernels.shapes import agree, decay, sequences
 
 
 def additive(
@@ -37,6 +38,14 @@ def additive(
     log_decay: None, [B, T, G] or [B, T, G, K], natural log, <= 0, any size. initial_state [N, G, K, V] fp32.
     Returns (o [B, T, H, V] in out_dtype (None: the dtype of v), final state [N, G, K, V] fp32 or None). Differentiable in every tensor.
     """
+    given = dict(
+        q=(q_BTHK, "BTHK"),
+        k=(k_BTGK, "BTGK"),
+        v=(v_BTGV, "BTGV"),
+        log_decay=decay(log_decay, "BTGK"),
+        initial_state=(initial_state, "NGKV"),
+    )
+    agree("additive", given, N=sequences(q_BTHK, cu_seqlens))
     return call("additive", backend, q_BTHK, k_BTGK, v_BTGV, log_decay, scale=scale, initial_state=initial_state,
                 output_final_state=output_final_state, cu_seqlens=cu_seqlens, out_dtype=out_dtype)  # fmt: skip
 
@@ -59,6 +68,11 @@ def delta(
 
     Arguments and results otherwise as `additive`; beta in [0, 1]. Differentiable in every tensor.
     """
+    given = dict(
+        q=(q_BTHK, "BTHK"), k=(k_BTGK, "BTGK"), v=(v_BTGV, "BTGV"), beta=(beta_BTG, "BTG"), log_decay=(log_decay_BTG, "BTG"),
+        initial_state=(initial_state, "NGKV"),
+    )  # fmt: skip
+    agree("delta", given, N=sequences(q_BTHK, cu_seqlens))
     return call("delta", backend, q_BTHK, k_BTGK, v_BTGV, beta_BTG, log_decay_BTG, scale=scale, initial_state=initial_state,
                 output_final_state=output_final_state, cu_seqlens=cu_seqlens, out_dtype=out_dtype)  # fmt: skip
 
@@ -97,6 +111,11 @@ def banded(
     position + t - n >= window on. scale None: K**-0.5. sink_logit_H: a learned logit that takes weight and has no value (softmax only).
     cu_seqlens needs X = T and position 0. `maximum` carries no gradient.
     """
+    given = dict(
+        q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"), log_forget=(log_forget_BXG, "BXG"), sink_k=(sink_k_BNGK, "BNGK"),
+        sink_v=(sink_v_BNGV, "BNGV"), sink_logit=(sink_logit_H, "H"),
+    )  # fmt: skip
+    agree("banded", given)
     return call("banded", backend, q_BTHK, k_BXGK, v_BXGV, window=window, sinks=sinks, scale=scale, weight=weight, log_forget_BXG=log_forget_BXG,
                 position=position, sink_k_BNGK=sink_k_BNGK, sink_v_BNGV=sink_v_BNGV, softcap=softcap, sink_logit_H=sink_logit_H,
                 cu_seqlens=cu_seqlens)  # fmt: skip
@@ -136,6 +155,11 @@ def window_linear(
     initial_state [N, G, F, V + 1] fp32: column V is the sum of features. Returns (o [B, T, H, V] in the dtype of v, final state or None).
     Differentiable in every tensor.
     """
+    given = dict(
+        q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"), fq=(fq_BTHF, "BTHF"), fk=(fk_BXGF, "BXGF"), mix=(mix_BTH, "BTH"),
+        log_decay=decay(log_decay, "BTGF"), sink_k=(sink_k_BNGK, "BSGK"), sink_v=(sink_v_BNGV, "BSGV"), initial_state=(initial_state, "NGFW"),
+    )  # fmt: skip
+    agree("window_linear", given, N=sequences(q_BTHK, cu_seqlens), W=v_BXGV.shape[-1] + 1)
     return call("window_linear", backend, q_BTHK, k_BXGK, v_BXGV, fq_BTHF, fk_BXGF, mix_BTH, log_decay, window=window, sinks=sinks, scale=scale,
                 position=position, sink_k_BNGK=sink_k_BNGK, sink_v_BNGV=sink_v_BNGV, initial_state=initial_state,
                 output_final_state=output_final_state, cu_seqlens=cu_seqlens)  # fmt: skip
@@ -152,6 +176,8 @@ def additive_step(
     backend: str = "auto",
 ) -> Tensor:
     """One token of `additive`; `state` (fp32, contiguous) is updated in place. log_decay [B, G] or [B, G, K]. Returns o [B, H, V] fp32. No gradient."""
+    given = dict(q=(q_BHK, "BHK"), k=(k_BGK, "BGK"), v=(v_BGV, "BGV"), state=(state_BGKV, "BGKV"), log_decay=decay(log_decay, "BGK"))
+    agree("additive_step", given)
     return call("additive_step", backend, q_BHK, k_BGK, v_BGV, state_BGKV, log_decay, scale=scale)
 
 
@@ -167,6 +193,10 @@ def delta_step(
     backend: str = "auto",
 ) -> Tensor:
     """One token of `delta`; as `additive_step`."""
+    given = dict(
+        q=(q_BHK, "BHK"), k=(k_BGK, "BGK"), v=(v_BGV, "BGV"), beta=(beta_BG, "BG"), state=(state_BGKV, "BGKV"), log_decay=(log_decay_BG, "BG"),
+    )  # fmt: skip
+    agree("delta_step", given)
     return call("delta_step", backend, q_BHK, k_BGK, v_BGV, beta_BG, state_BGKV, log_decay_BG, scale=scale)
 
 
@@ -191,5 +221,11 @@ def window_linear_step(
     state [B, G, F, V + 1] (fp32, contiguous, updated in place): fades by log_decay, then takes left_fk, left_v, the token that leaves now (None:
     nothing leaves), then is read with fq and weight exp(mix). state None: sinks and window alone. Returns o [B, H, V] fp32. No gradient.
     """
+    given = dict(
+        q=(q_BHK, "BHK"), k=(k_BWGK, "BWGK"), v=(v_BWGV, "BWGV"), fq=(fq_BHF, "BHF"), mix=(mix_BH, "BH"), state=(state_BGFX, "BGFX"),
+        left_fk=(left_fk_BGF, "BGF"), left_v=(left_v_BGV, "BGV"), log_decay=decay(log_decay, "BGF"), sink_k=(sink_k_BNGK, "BNGK"),
+        sink_v=(sink_v_BNGV, "BNGV"),
+    )  # fmt: skip
+    agree("window_linear_step", given, X=v_BWGV.shape[-1] + 1)
     return call("window_linear_step", backend, q_BHK, k_BWGK, v_BWGV, fq_BHF, mix_BH, state_BGFX, left_fk_BGF, left_v_BGV, log_decay, scale=scale,
                 sink_k_BNGK=sink_k_BNGK, sink_v_BNGV=sink_v_BNGV)  # fmt: skip

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import helpers
 import pytest
 import torch
+from linearize.students import PRESETS
 
 from subquad import ablation
 from subquad.diagnosis import branches, checked, checks, diagnose, effective_map, teacher_logits
@@ -12,7 +13,6 @@ from subquad.errors import UserError
 from subquad.evals.maps import entropy, map_kl, monotonicity
 from subquad.evals.models import measuring
 from subquad.linearize import linearize, plan
-from subquad.linearize.mixers import MIXERS
 from subquad.linearize.seam import seams
 
 TOKENS = torch.randint(257, (300,), generator=torch.Generator().manual_seed(2))
@@ -89,8 +89,8 @@ def test_window_that_sees_one_token_too_many_is_caught(monkeypatch):
     """The mistake is in the window's own arithmetic, and the plan's numbers are right."""
     from subquad.linearize.mixers import local
 
-    right = local.banded_blocks
-    monkeypatch.setattr(local, "banded_blocks", lambda *args, window, **more: right(*args, window=window + 1, **more))
+    right = local.banded
+    monkeypatch.setattr(local, "banded", lambda *args, window, **more: right(*args, window=window + 1, **more))
     assert any("the plan says" in finding for finding in checks(student("window"), TOKENS, SMALL))
 
 
@@ -137,7 +137,7 @@ def test_everything_restored_is_the_teacher():
         torch.testing.assert_close(restored, helpers.tiny_model()(TOKENS[None, :40]).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", PRESETS)
 def test_effective_map_gives_the_output_back(mixer):
     """Weights read off with one-hot values, times the real values, are the mixer's output."""
     from subquad.diagnosis import Capture

@@ -363,3 +363,24 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("SUBQUAD_CPU_ISA", "avx1024")
     with pytest.raises(UserError, match="avx1024"):
         build.isa()
+
+
+WRONG = {
+    "state of other values": (
+        lambda x, s: ops.additive(x, x, x, initial_state=s[..., :3]),
+        "initial_state has shape [1, 2, 8, 3], expected [N=1, G=2, K=8, V=8]",
+    ),
+    "query heads": (lambda x, s: ops.additive(x[:, :, :1], x, x), "1 query heads are no multiple of 2"),
+    "short keys": (lambda x, s: ops.delta(x, x[:, :3], x, x[..., 0]), "k has shape [1, 3, 2, 8], expected [B=1, T=5, G, K=8]"),
+    "gate per feature": (lambda x, s: ops.delta(x, x, x, x), "beta has shape"),
+    "features": (lambda x, s: ops.window_linear(x, x, x, x[..., :4], x, x[..., 0], window=2), "fk has shape"),
+    "step": (lambda x, s: ops.additive_step(x[:, 0], x[:, 0], x[:, 0], s[:, :1]), "state has shape"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_shapes_that_do_not_fit_never_reach_compiled_code(what):
+    call, said = WRONG[what]
+    with pytest.raises(UserError) as error:
+        call(torch.randn(1, 5, 2, 8), torch.zeros(1, 2, 8, 8))
+    assert any(said in problem for problem in error.value.problems), error.value.problems
