@@ -40,6 +40,11 @@ def additive_definition(
     return torch.stack(out, 1), state
 
 
+def wide(x: Tensor) -> Tensor:
+    """fp64 where the device has it (Apple's does not)."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 def _chunks(x: Tensor, C: int) -> Tensor:
     """[B, T, G, ...] -> [B, G, N, C, ...], zero-padded to a multiple of C (key 0 and log decay 0 leave the state alone)."""
     pad = -x.shape[1] % C
@@ -56,7 +61,7 @@ def additive_chunk(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: T
     B, T, G, R, feat = q_BTGRF.shape
     vector = log_decay is not None and log_decay.dim() == 4
     C = min(CHUNK_VECTOR if vector else CHUNK_PLAIN, max(T, 1))
-    strong = vector and bool((log_decay < MIN_LOG_DECAY).any())
+    strong = vector and log_decay.device.type != "mps" and bool((log_decay < MIN_LOG_DECAY).any())
     dtype = torch.float64 if strong else torch.float32
     q = _chunks(q_BTGRF.to(dtype), C).transpose(3, 4)  # [B, G, N, R, C, F]
     k, v = _chunks(k_BTGF.to(dtype), C), _chunks(v_BTGV.to(dtype), C)  # [B, G, N, C, F | V]
@@ -71,7 +76,7 @@ def additive_chunk(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log_decay: T
         out = weights @ v.unsqueeze(3) + q @ before.unsqueeze(3)
     else:
         # Scalar: differences of sums over a chunk of strong decays (64 x -20) lose their last digits in fp32.
-        log = log_decay.to(dtype).clamp_min(LOWEST) if vector else log_decay.double()
+        log = log_decay.to(dtype).clamp_min(LOWEST) if vector else wide(log_decay)
         log = _chunks(log, C)  # [B, G, N, C] or [B, G, N, C, F]
         c = log.cumsum(3)
         last = c[:, :, :, -1:]

@@ -13,7 +13,7 @@ Key: B batch, T tokens, G key/value heads, R query heads per key/value head, F k
 import torch
 from torch import Tensor
 
-from subquad.kernels.additive import _chunks
+from subquad.kernels.additive import _chunks, wide
 
 CHUNK = 64
 
@@ -62,7 +62,7 @@ def delta_chunk(
     if log_decay_BTG is None:
         c = k.new_zeros(k.shape[:-1])
     else:
-        c = _chunks(log_decay_BTG.double(), C).cumsum(3)  # [B, G, N, C]; fp64: see additive.py
+        c = _chunks(wide(log_decay_BTG), C).cumsum(3)  # [B, G, N, C]; fp64: see additive.py
     decay = (c.unsqueeze(-1) - c.unsqueeze(-2)).float().masked_fill(~causal, float("-inf")).exp()  # [B, G, N, C, C]
     left = (c[..., -1:] - c).float().exp().unsqueeze(-1)
     c = c.float()

@@ -10,14 +10,13 @@ import pytest
 import torch
 from helpers import SIZES, tiny_model
 from linearize.families import FAMILIES, OWN_LIMITS, REFUSED
-from linearize.students import chunked, full, left_padded, padded_inputs, student_of, takes_positions, tokens
+from linearize.students import PRESETS, chunked, full, left_padded, padded_inputs, student_of, takes_positions, tokens
 from tolerances import FAMILY, assert_near, error
 from transformers import AutoConfig
 
 import subquad
-from subquad.linearize.mixers import MIXERS
 
-ROTATION = list(MIXERS)
+ROTATION = list(PRESETS)
 CASES = [(name, ROTATION[i % len(ROTATION)]) for i, name in enumerate(FAMILIES)]
 CASES += [("llama", mixer) for mixer in ROTATION if ("llama", mixer) not in CASES]
 LENGTH, WINDOW, SINKS = 20, 6, 2
