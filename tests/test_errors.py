@@ -153,7 +153,7 @@ MISTAKES = {
     "data empty": (lambda p: p.recipe(data={"train": str(text_named(p, "a.txt", b""))}), ["holds no text"]),
     "data a broken line": (lambda p: p.recipe(data={"train": str(text_named(p, "a.jsonl", b'{"text": "a"}\n{"te'))}), ["line 2"]),
     "out is a file": (lambda p: ["run", *p.recipe()[1:3], p.text], ["is a file"]),
-    "encoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "bert"}').parent], ["not causal"]),
+    "encoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "bert"}').parent], ["bidirectional", "Mixers that are"]),
     "encoder and decoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "t5"}').parent], ["no causal language model"]),
     "no such layer": (lambda p: ["plan", p.teacher, "--exact", "9"], ["9", "0..2"]),
 }  # fmt: skip

@@ -192,7 +192,7 @@ def _problems() -> dict[nn.Module, str]:
     owners: dict[int, set] = {}
     for module, *_, key in _seen:
         owners.setdefault(_storage(key), set()).add(module)
-    for module, _, _, shape, _, _, own_mask, key in _seen:
+    for module, _, asked, shape, _, _, own_mask, key in _seen:
         index = getattr(module, "layer_idx", None)
         if calls[module] > 1 or (index is not None and (index < 0 or layers[index] > 1)):
             problems[module] = (
@@ -200,9 +200,9 @@ def _problems() -> dict[nn.Module, str]:
             )
         elif len(owners[_storage(key)]) > 1:
             problems[module] = "it shares its keys with another layer, and a mixer has them to itself. Keep it exact."
-        elif not _takes_cache(module):
+        elif getattr(module, "is_causal", True) is not False and not _takes_cache(module):  # encoders keep nothing
             problems[module] = "it keeps its keys elsewhere than in a transformers cache. Keep it exact."
-        elif shape[2] != TOKENS:
+        elif shape[2] != asked[2]:
             problems[module] = "it attends to something else than one key per token. Keep it exact."
         elif own_mask:
             problems[module] = (

@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "hy_v4": ({**LATENT, **ROUTED}, "indexed_attention"),
     "gemma3n_text": ({**HEAD, **GEMMA3N, "num_kv_shared_layers": 1, "layer_types": SLIDING1}, "shares its keys"),
     "gemma4_text": ({**HEAD, **PER_LAYER, "per_layer_config": {}, "num_kv_shared_layers": 1, "layer_types": SLIDING1}, "shares its keys"),
-    "bert-generation": ({}, "not causal"),
+    "bert-generation": ({}, "bidirectional"),
     "inkling_text": ({"layer_types": FULL3}, "position_bias"),
     "t5": ({}, "no causal language model"),
     "ministral": ({}, "cannot build"),

@@ -185,7 +185,9 @@ class WindowLinear(torch.autograd.Function):
         (B, T, H), (G, V), F = q.shape[:3], v.shape[2:], fq.shape[-1]
         out = q.new_empty(B, T, H, V, dtype=v.dtype)
         top = q.new_empty(B, T, H, dtype=torch.float32)
-        final = q.new_empty(band.packing.N, G, F, V + 1, dtype=torch.float32) if final_wanted else None
+        final = None
+        if final_wanted:  # a sequence without tokens has no program that writes its state: it stays what it was
+            final = q.new_zeros(band.packing.N, G, F, V + 1, dtype=torch.float32) if initial is None else initial.float().clone()
         forward(q, k, v, sink_k, sink_v, band, out=out, total=None, top=top, linear=(fq, fk, mix, g, initial, final))
         ctx.save_for_backward(q, k, v, fq, fk, mix, g, initial, sink_k, sink_v, out, top, final if g is not None else None, cu)
         ctx.band = band
