@@ -13,6 +13,11 @@ class UserError(ValueError):
         super().__init__("\n".join(problems))
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, as far as it fits into a sentence of ours; its type when it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def raise_all(problems: list[str]) -> None:
     """Raise one UserError that carries every problem found; do nothing if there is none."""
     if problems:

@@ -156,10 +156,7 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as JSON values, defaults filled in; loading it gives an equal recipe."""
-        value = {**self.model_dump(mode="json"), "stages": [_stage_dict(stage) for stage in self.stages]}
-        if not self.data.allow_overlap:  # the exception is written out, the rule is not
-            del value["data"]["allow_overlap"]
-        return value
+        return {**self.model_dump(mode="json"), "stages": [_stage_dict(stage) for stage in self.stages]}
 
     def dump(self) -> str:
         """`to_dict` as YAML."""

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from subquad.errors import UserError
+from subquad.errors import UserError, first_line
 from subquad.linearize.card import write_card
 from subquad.linearize.seam import seams
 from subquad.linearize.student import MODEL_TYPE, SubquadForCausalLM
@@ -101,7 +101,7 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     try:
         return SubquadForCausalLM.from_pretrained(str(folder), **kwargs).eval()
     except OSError as error:
-        raise UserError(f"Could not open {folder}: {str(error).splitlines()[0]} Save or download the student again.") from error
+        raise UserError(f"Could not open {folder}: {first_line(error)} Save or download the student again.") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -33,15 +33,8 @@ def calibrate(model: nn.Module, ids_BT: Tensor) -> None:
 
     Mixers without such values, and those trained already, stay as they are.
     """
-    mixers = [seam.module.mixer for seam in seams(model) if hasattr(seam.module.mixer, "calibrating")]
-    try:
-        for mixer in mixers:
-            mixer.calibrating = True
-        with torch.no_grad(), transfer(model, lambda *_: None):
-            model.base_model(input_ids=ids_BT, use_cache=False)
-    finally:
-        for mixer in mixers:
-            mixer.calibrating = False
+    with torch.no_grad(), mode(model, "transfer", on_layer=lambda *_: None, calibrating=True):
+        model.base_model(input_ids=ids_BT, use_cache=False)
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Root:
     mode: str = "student"  # student | teacher | transfer | gated
     on_layer: Callable | None = None  # transfer: called with (layer index, mixed, exact, padding)
     gates: dict[int, Tensor] | None = None  # gated: layer index -> [G]
+    calibrating: bool = False  # transfer: mixers set the start values that depend on text
 
 
 class LayerSeam:
@@ -231,7 +232,7 @@ def run_mixer(
         q_BTGRK=q.transpose(1, 2).unflatten(2, (G, -1)), k_BTGK=k.transpose(1, 2), v_BTGV=v.transpose(1, 2), hidden_BTD=hidden,
         scale=q.shape[-1] ** -0.5 if scale is None else scale, state=state, softcap=kwargs.get("softcap"), sink_logit_GR=s_aux, fewest=T,
     )  # fmt: skip
-    call.causal = is_causal(seam.module)
+    call.causal, call.calibrating = is_causal(seam.module), seam.root.calibrating
     if mixer.plain and seam.rotation is not None:
         plain_q, plain_k = unrotated(seam, q, k)
         call.plain_q_BTGRK, call.plain_k_BTGK = plain_q.transpose(1, 2).unflatten(2, (G, -1)), plain_k.transpose(1, 2)

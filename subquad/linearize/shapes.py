@@ -23,7 +23,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from subquad.errors import UserError
+from subquad.errors import UserError, first_line
+from subquad.linearize.seam import is_causal
 
 PROBE = "subquad_probe"
 TOKENS = 2
@@ -117,7 +118,7 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
             ) from error
         raise UserError(
             f"transformers cannot build a causal language model of type {config.model_type!r} from this config "
-            f"({type(error).__name__}: {_first_line(error)}). Complete its config.json, or install what it asks for."
+            f"({type(error).__name__}: {first_line(error)}). Complete its config.json, or install what it asks for."
         ) from error
     candidates = {m: name for name, m in model.named_modules() if _is_candidate(m)}
     numbered = {m: name for m, name in candidates.items() if isinstance(getattr(m, "layer_idx", None), int)}
@@ -147,7 +148,7 @@ def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None
     if not found and failure and model._supports_attention_backend:
         raise UserError(
             f"Model type {config.model_type!r} cannot be converted: its attention layers could not be found, because its layers do not run on tensors "
-            f"without data ({type(failure).__name__}: {_first_line(failure)})."
+            f"without data ({type(failure).__name__}: {first_line(failure)})."
         )
     if not found:
         raise UserError(
@@ -180,10 +181,6 @@ def _run(call) -> Exception | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-
-
 def _problems() -> dict[nn.Module, str]:
     """Recorded modules that no mixer can take the place of, and why."""
     calls = Counter(entry[0] for entry in _seen)
@@ -200,7 +197,7 @@ def _problems() -> dict[nn.Module, str]:
             )
         elif len(owners[_storage(key)]) > 1:
             problems[module] = "it shares its keys with another layer, and a mixer has them to itself. Keep it exact."
-        elif getattr(module, "is_causal", True) is not False and not _takes_cache(module):  # encoders keep nothing
+        elif is_causal(module) and not _takes_cache(module):  # encoders keep nothing
             problems[module] = "it keeps its keys elsewhere than in a transformers cache. Keep it exact."
         elif shape[2] != asked[2]:
             problems[module] = "it attends to something else than one key per token. Keep it exact."
@@ -243,7 +240,7 @@ def _found(name, module, order, hidden, q, k, v, arguments, config, problem, cac
         value=v[3],
         window=arguments.get("sliding_window"),
         kind=kind,
-        causal=bool(getattr(module, "is_causal", True)),
+        causal=is_causal(module),
         arguments=tuple(sorted(arguments)),
         tensors=tuple(sorted(name for name, value in arguments.items() if isinstance(value, torch.Tensor))),
         cached=0 if cached == k[1] * (k[3] + v[3]) else cached,

@@ -67,12 +67,9 @@ class SubquadForCausalLM(PreTrainedModel):
         wanted_info = kwargs.pop("output_loading_info", False)
         kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)  # refused below, in one sentence with the rest
         model, info = _loader(config).from_pretrained(folder, *args, config=config.teacher_config(), **kwargs)
-        missing, unexpected, mismatched = (sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched"))
-        if missing or unexpected or mismatched:
+        if found := misfits(info, "missing", "unexpected", "mismatched"):
             raise UserError(
-                f"{folder}: the weights do not fit the plan in config.json ({len(missing)} missing, {len(unexpected)} unexpected, "
-                f"{len(mismatched)} of another shape, for example {(missing + unexpected + mismatched)[0]}). The folder is damaged or was edited; "
-                "save the student again."
+                f"{folder}: the weights do not fit the plan in config.json ({found}). The folder is damaged or was edited; save the student again."
             )
         model.subquad_provenance = config.provenance
         return (model, info) if wanted_info else model
@@ -80,6 +77,18 @@ class SubquadForCausalLM(PreTrainedModel):
     @classmethod
     def _from_config(cls, config: SubquadConfig, **kwargs):
         return _loader(config)._from_config(config.teacher_config(), **kwargs)
+
+
+def misfits(info: dict[str, Any], *kinds: str) -> str:
+    """What from_pretrained's loading info says of weights that do not fit ("3 missing, 0 unexpected, for example a.weight"); nothing when all do.
+
+    transformers warns and fills the gaps with random numbers, which neither a teacher nor a student should have.
+    """
+    words = {"missing": "missing", "unexpected": "unexpected", "mismatched": "of another shape"}
+    names = {kind: sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"]) for kind in kinds}
+    found = [name for those in names.values() for name in those]
+    counts = ", ".join(f"{len(those)} {words[kind]}" for kind, those in names.items())
+    return f"{counts}, for example {found[0]}" if found else ""
 
 
 def _loader(config: SubquadConfig) -> type[PreTrainedModel]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from subquad.errors import UserError
-from subquad.linearize.student import MODEL_TYPE
+from subquad.errors import UserError, first_line
+from subquad.linearize.student import MODEL_TYPE, misfits
 from subquad.registry import nearest
 
 # alias -> (installed package that carries the file, file in it, how to get it). The package is found, never imported.
@@ -36,22 +36,13 @@ def load_teacher(name: str, dtype: torch.dtype | str = torch.float32, revision: 
     gguf = {} if "gguf_file" in extra else {"config": config}
     reporting = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # refused below, in one sentence
     model, info = _friendly(name, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **extra, **reporting))
-    _check_weights(name, info)
+    if found := misfits(info, "missing", "mismatched"):
+        raise UserError(f"{name}: the weights do not fit its config.json ({found}). Fetch or save the model again.")
     if "gguf_file" in extra:
         _clear_quantization(model.config)
         model.is_quantized, model.hf_quantizer = False, None
         model.config._name_or_path = name
     return model.eval(), load_tokenizer(name, revision)
-
-
-def _check_weights(name: str, info: dict) -> None:
-    """transformers fills what is missing with random numbers, which no teacher should have."""
-    missing, mismatched = sorted(info["missing_keys"]), sorted(key for key, *_ in info["mismatched_keys"])
-    if missing or mismatched:
-        raise UserError(
-            f"{name}: the weights do not fit its config.json ({len(missing)} missing, {len(mismatched)} of another shape, for example "
-            f"{(missing + mismatched)[0]}). Fetch or save the model again."
-        )
 
 
 def load_tokenizer(name: str, revision: str | None = None):
@@ -99,9 +90,8 @@ def _friendly(name: str, call):
     except UserError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"Could not open {name!r}: {first} Give a folder, a .gguf file, a hub id that can be reached, or an alias ({', '.join(ALIASES)})."
+            f"Could not open {name!r}: {first_line(error)} Give a folder, a .gguf file, a hub id that can be reached, or an alias ({', '.join(ALIASES)})."
         ) from error
     except Exception as error:
         if type(error).__name__ in ("SafetensorError", "JSONDecodeError"):

@@ -130,7 +130,9 @@ def test_low_precision(op, dtype):
                   **{n: x for n, x in arguments.items() if n not in rounded})  # fmt: skip
 
     found, slopes = results(low, rounded, other, torch.float32, "triton")
-    wanted, wanted_slopes = results(fn, {n: None if x is None else x.detach().double() for n, x in rounded.items()}, other, D64, "definition")
+    wanted, wanted_slopes = results(
+        fn, {n: None if x is None else x.detach().double() for n, x in rounded.items()}, other, D64, "definition"
+    )
     for i, (x, want) in enumerate(zip(found, wanted, strict=True)):
         assert error(x, want) < BOUND[dtype], f"result {i}: {error(x, want):.1e}"
     for name, want in wanted_slopes.items():

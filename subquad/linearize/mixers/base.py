@@ -40,6 +40,7 @@ class AttentionCall:
     plain_q_BTGRK: Tensor | None = None  # before the teacher's rotation; None where it does not rotate, or the mixer does not ask
     plain_k_BTGK: Tensor | None = None
     causal: bool = True
+    calibrating: bool = False  # set start values that depend on text (modes.calibrate)
 
 
 class Mixer(nn.Module):

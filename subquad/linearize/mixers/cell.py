@@ -56,7 +56,6 @@ class Cell(Mixer):
         self.decay_row, self.position_row, self.combine_row = DECAYS[p["decay"]], POSITIONS[p["position"]], COMBINES[p["combine"]]
         self.map_row, self.norm_row = FEATURE_MAPS[p["feature_map"]], NORMALISERS[p["normaliser"]]
         self.plain = self.position_row.plain
-        self.calibrating = False  # set by modes.calibrate for one pass
         # One op does all of it: window, sinks and plain sums of features under one normaliser, decays from the layer input of the reading token.
         self.one_pass = (
             self.combine == "joint"
@@ -103,7 +102,7 @@ class Cell(Mixer):
     def forward(self, call: AttentionCall) -> Tensor:
         if not call.causal:
             return whole_sequence(self, call).to(call.v_BTGV.dtype)
-        if self.one_pass and not self.calibrating:
+        if self.one_pass and not call.calibrating:
             place = plain_position(call)
             if place is not None:
                 return self.in_one_pass(call, place)
@@ -267,7 +266,7 @@ class Cell(Mixer):
         if self.combine_row.joint:
             share = torch.zeros_like(sums.total) if self.combine == "logits" else 0.0
             if self.combine == "joint":
-                if self.calibrating:
+                if call.calibrating:
                     self.calibrate(local, sums.total, log_scale)
                 share = self.mix(call.hidden_BTD)
             elif self.combine == "joint_top":
