@@ -20,7 +20,7 @@ from subquad.registry import check_name, lookup, nearest
 from subquad.settings import apply_sets, expand, merge, read_yaml, validate
 
 Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]  # layer and head numbers, seeds: 0 is allowed
-Heads = list[Whole] | dict[Whole, list[Whole]]  # whole layers, or {layer: [kv heads]}
+Heads = list[Whole | dict[Whole, list[Whole]]] | dict[Whole, list[Whole]]  # whole layers, {layer: [kv heads]}, or a list of both
 Source = str | list[str]
 
 

@@ -76,7 +76,7 @@ def _capped(node: Any, cap: int | None = None) -> Any:
 
 
 def _within(heads: Any) -> Any:
-    """Whole layers [..] or {layer: [kv heads]}, without layers past the last one kept."""
+    """Whole layers, {layer: [kv heads]} or a list of both, without layers past the last one kept."""
     if isinstance(heads, dict):
         return {layer: which for layer, which in heads.items() if int(layer) < LAYERS}
-    return heads and [layer for layer in heads if layer < LAYERS]
+    return heads and [_within(entry) if isinstance(entry, dict) else entry for entry in heads if isinstance(entry, dict) or entry < LAYERS]

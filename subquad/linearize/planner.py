@@ -20,7 +20,7 @@ FULL = ("full_attention", "hybrid")
 CONVERTIBLE = (*FULL, "sliding_attention", "hybrid_sliding")
 _REFUSED = "refused: "
 
-Heads = Sequence[int] | Mapping[int, Sequence[int]]
+Heads = Sequence[int | Mapping[int, Sequence[int]]] | Mapping[int, Sequence[int]]
 
 
 def plan(
@@ -35,7 +35,7 @@ def plan(
 ) -> Plan:
     """Say what would become what; nothing is changed and no weights are needed.
 
-    mixer: a row of MIXERS. window, sinks: tokens. exact: layers that stay as they are, or {layer: key/value heads that stay exact}.
+    mixer: a row of MIXERS. window, sinks: tokens. exact: layers that stay as they are, {layer: key/value heads that stay exact}, or a list of both.
     layers: convert only these. Default: every full-attention layer; layers where the teacher runs a window of its own only when they are named,
     or when the model has no others.
     options: the mixer's own (feature_map, decay, ...). Raises UserError with every problem found.
@@ -45,9 +45,9 @@ def plan(
     found = attention_layers(config, cls)
     options = dict(options or {})
     pieces(mixer, options)
-    problems = _check_numbers(window, sinks) + _check_layers(found, exact, layers)
-    raise_all(problems)
     heads = _heads(exact)
+    problems = _check_numbers(window, sinks) + _check_layers(found, heads, layers)
+    raise_all(problems)
     if layers is None and all(_own(f) for f in found):
         layers = [f.index for f in found if f.kind in CONVERTIBLE] or None
     if not any(f.causal for f in found) and MIXERS[mixer].uses == "cell":
@@ -91,15 +91,15 @@ def _check_numbers(window: int, sinks: int) -> list[str]:
     return problems
 
 
-def _check_layers(found: list[Found], exact: Heads | None, layers: Sequence[int] | None) -> list[str]:
+def _check_layers(found: list[Found], heads: Mapping[int, Sequence[int] | None], layers: Sequence[int] | None) -> list[str]:
     kv = {f.index: f.kv_heads for f in found}
     known = f"layers with attention: {_ranges(sorted(kv))}"
     problems = [f"layers: {i} is not an attention layer; {known}." for i in layers or () if i not in kv]
-    for i in exact or ():
+    for i, kept in heads.items():
         if i not in kv:
             problems.append(f"exact: {i} is not an attention layer; {known}.")
-        elif isinstance(exact, Mapping):
-            problems += [f"exact: layer {i} has key/value heads 0..{kv[i] - 1}, got {g}." for g in exact[i] if not 0 <= g < kv[i]]
+        else:
+            problems += [f"exact: layer {i} has key/value heads 0..{kv[i] - 1}, got {g}." for g in kept or () if not 0 <= g < kv[i]]
     return problems
 
 
@@ -113,11 +113,12 @@ def _ranges(numbers: list[int]) -> str:
 
 def _heads(exact: Heads | None) -> dict[int, tuple[int, ...] | None]:
     """{layer: heads}; None stands for all heads."""
-    if exact is None:
-        return {}
-    if isinstance(exact, Mapping):
-        return {i: tuple(sorted(set(heads))) for i, heads in exact.items()}
-    return dict.fromkeys(exact)
+    kept: dict[int, tuple[int, ...] | None] = {}
+    for entry in [exact] if isinstance(exact, Mapping) else exact or ():
+        for layer, heads in entry.items() if isinstance(entry, Mapping) else [(entry, None)]:
+            before = kept.get(layer, ())
+            kept[layer] = None if heads is None or before is None else tuple(sorted({*before, *heads}))
+    return kept
 
 
 def _own(f: Found) -> bool:

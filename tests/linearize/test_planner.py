@@ -52,6 +52,8 @@ EXACT = {
     "heads": ({0: [1], 2: [0]}, ["gla"] * 3, [(1,), (), (0,)]),
     "all heads of a layer": ({0: [1, 0]}, [None, "gla", "gla"], [(), (), ()]),
     "no heads": ({0: []}, ["gla"] * 3, [(), (), ()]),
+    "layers and heads": ([2, {1: [1]}], ["gla", "gla", None], [(), (1,), ()]),
+    "a layer in two entries": ([{1: [0]}, {1: [1], 0: [1]}], ["gla", None, "gla"], [(1,), (), ()]),
     "a head named twice": ({1: [1, 1]}, ["gla"] * 3, [(), (1,), ()]),
 }
 
@@ -90,6 +92,7 @@ PROBLEMS = {
     "sinks": (dict(sinks=-1), ["sinks: got -1, allowed: 0 or more."]),
     "layer": (dict(layers=[1, 3]), ["layers: 3 is not an attention layer; layers with attention: 0..2."]),
     "exact layer": (dict(exact=[7]), ["exact: 7 is not an attention layer; layers with attention: 0..2."]),
+    "exact in a list": (dict(exact=[7, {1: [2]}]), ["exact: 7 is not", "exact: layer 1 has key/value heads 0..1, got 2."]),
     "exact head": (dict(exact={1: [0, 2]}), ["exact: layer 1 has key/value heads 0..1, got 2."]),
     "option": (dict(mixer="gla", options={"featuremap": "x"}), ["options.featuremap: no such option. Did you mean 'feature_map'?"]),
     "option value": (dict(mixer="gla", options={"decay": "vectr"}), ["options.decay: got 'vectr', allowed: none, scalar, vector, "]),
