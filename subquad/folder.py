@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ MAIN = os.environ.get("RANK", "0") == "0"  # under `accelerate launch` every pro
 
 
 class RunFolder:
-    """`with RunFolder(path, recipe_text, overwrite) as folder:` holds the folder against a second process for as long as the block runs."""
+    """`with RunFolder(path, recipe_text, overwrite) as folder:` holds the folder against a second process for as long as the block runs.
 
-    def __init__(self, path: str | Path, recipe_text: str, overwrite: bool = False):
-        self.path, self.recipe_text, self.overwrite = Path(path), recipe_text, overwrite
+    `rewritten` brings the text of an older run to today's form before the two are compared.
+    """
+
+    def __init__(self, path: str | Path, recipe_text: str, overwrite: bool = False, rewritten: Callable[[str], str] = str):
+        self.path, self.recipe_text, self.overwrite, self._rewritten = Path(path), recipe_text, overwrite, rewritten
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -38,8 +42,9 @@ class RunFolder:
         recipe = self / "recipe.yaml"
         if not recipe.is_file():
             raise UserError(f"{self.path} is not empty and holds no run. Choose another --out, or give --overwrite to write into it.")
-        if recipe.read_text(encoding="utf-8") != self.recipe_text:
-            changes = ", ".join(_changed(recipe.read_text(encoding="utf-8"), self.recipe_text))
+        held = self._rewritten(recipe.read_text(encoding="utf-8"))
+        if held != self.recipe_text:
+            changes = ", ".join(_changed(held, self.recipe_text))
             raise UserError(
                 f"{self.path} holds a run of a different recipe (differs in: {changes}). "
                 "Choose another --out, or give --overwrite to delete that run and start anew."

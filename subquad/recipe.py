@@ -215,6 +215,17 @@ def load_recipe(name_or_path: str | Path, sets: list[str] | None = None) -> Reci
     return validate(Recipe, expand(apply_sets(data, sets or [])))
 
 
+def rewritten(text: str) -> str:
+    """The recipe a run folder holds, as it would be written today: a setting that is younger than the run stands at its default.
+
+    Text that is no recipe (damaged, or of another version with other keys) comes back as it is.
+    """
+    try:
+        return validate(Recipe, yaml.safe_load(text)).dump()
+    except (UserError, yaml.YAMLError):
+        return text
+
+
 def _with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The file merged over the one it `extends` (a shipped name, or a path beside it), and so on up."""
     if path.resolve() in seen:

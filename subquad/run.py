@@ -20,7 +20,7 @@ from subquad.inputs import Teacher, Text, read_documents
 from subquad.leakage import guard
 from subquad.linearize import Plan, hub, linearize
 from subquad.progress import Reporter
-from subquad.recipe import Recipe, load_recipe
+from subquad.recipe import Recipe, load_recipe, rewritten
 from subquad.selection import choose_heads, train_gates
 from subquad.smoke import shrink_recipe
 from subquad.talk import answer
@@ -36,7 +36,7 @@ def run(recipe: Recipe | str, out: str | Path, *, overwrite: bool = False, smoke
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     recipe = shrink_recipe(recipe) if smoke else recipe
     report = report or Reporter()
-    folder = RunFolder(out, recipe.dump(), overwrite)
+    folder = RunFolder(out, recipe.dump(), overwrite, rewritten)
     folder.check()
     teacher = Teacher(recipe, smoke)
     choose_heads(recipe, teacher.config, scores=None)  # refuse now what could not be planned later

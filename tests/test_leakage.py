@@ -57,9 +57,3 @@ def test_allowed_overlap_is_written_down(tmp_path, teacher_folder, text_file):
     run.run(recipe, tmp_path / "out")
     story = json.loads((tmp_path / "out" / "student" / "config.json").read_text())["provenance"]
     assert story["overlap"][0]["set"] == "held-out text" and story["overlap"][0]["share"] == 1 and len(story["overlap"][0]["sha256"]) == 64
-
-
-def test_the_rule_is_not_written_out(tmp_path, teacher_folder, text_file):
-    """Run folders of before the switch existed go on."""
-    recipe = load_recipe(write_recipe(tmp_path / "mine.yaml", tiny_recipe(teacher_folder, text_file)))
-    assert "allow_overlap" not in recipe.dump()

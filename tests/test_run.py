@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from helpers import HAS_REAL_MODEL, tiny_recipe, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,7 @@ import subquad
 from subquad.distill.log import timeless
 from subquad.errors import UserError
 from subquad.folder import RunFolder, write_text
-from subquad.recipe import load_recipe
+from subquad.recipe import load_recipe, rewritten
 from subquad.run import run
 from subquad.smoke import shrink_config, shrink_model
 
@@ -107,6 +108,7 @@ def test_killed_in_a_stage_and_called_again(recipe_file, finished, tmp_path, sta
 KILLED = """
 import os, sys
 import torch
+import yaml
 torch.set_num_threads(1)
 import subquad.healing as healing
 from subquad.cli import main
@@ -128,6 +130,17 @@ def test_a_second_process_is_kept_out(recipe_file, tmp_path):
     text = load_recipe(str(recipe_file)).dump()
     with RunFolder(tmp_path, text), pytest.raises(UserError, match="in use by another run"), RunFolder(tmp_path, text):
         pass
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(recipe_file, tmp_path):
+    recipe = load_recipe(str(recipe_file))
+    older = recipe.to_dict()
+    del older["data"]["allow_overlap"], older["seed"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
+    RunFolder(tmp_path, recipe.dump(), rewritten=rewritten).check()
+    different = recipe.model_copy(update={"seed": 7})
+    with pytest.raises(UserError, match=r"different recipe \(differs in: seed\)"):
+        RunFolder(tmp_path, different.dump(), rewritten=rewritten).check()
 
 
 def test_a_different_recipe_is_refused(recipe_file, finished):
