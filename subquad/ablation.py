@@ -86,11 +86,11 @@ def variants(model: PreTrainedModel, layers: list[int] | None = None) -> dict[st
     found = seams(model)
     linear = any(type(seam.module.mixer) is not Window for seam in found)
 
-    def all_of(change):
+    def without(change, of: list[LayerSeam] = found):
         @contextmanager
         def opened():
             with ExitStack() as stack:
-                for seam in found:
+                for seam in of:
                     stack.enter_context(change(seam))
                 yield model
 
@@ -98,33 +98,17 @@ def variants(model: PreTrainedModel, layers: list[int] | None = None) -> dict[st
 
     def no_exact(seam: LayerSeam):
         own = seam.module.mixer
-        local = Window(own.shape, own.window, own.sinks)
-        return swapped(seam, ByHead([(seam.soft, own), (seam.exact, local)], own), every_head=True)
+        return swapped(seam, ByHead([(seam.soft, own), (seam.exact, window_of(seam))], own), every_head=True)
 
     result: dict[str, object] = {}
     if linear:
-        result["linear branch off"] = all_of(lambda seam: swapped(seam, window_of(seam)))
-    result["window off"] = all_of(lambda seam: with_sizes(seam, window=1))
+        result["linear branch off"] = without(lambda seam: swapped(seam, window_of(seam)))
+    result["window off"] = without(lambda seam: with_sizes(seam, window=1))
     if any(seam.module.mixer.sinks for seam in found):
-        result["sinks off"] = all_of(lambda seam: with_sizes(seam, sinks=0))
-    if any(seam.exact for seam in found):
-        exact = [seam for seam in found if seam.exact]
-
-        @contextmanager
-        def without():
-            with ExitStack() as stack:
-                for seam in exact:
-                    stack.enter_context(no_exact(seam))
-                yield model
-
-        result["exact heads off"] = without
+        result["sinks off"] = without(lambda seam: with_sizes(seam, sinks=0))
+    if exact := [seam for seam in found if seam.exact]:
+        result["exact heads off"] = without(no_exact, exact)
     for seam in found:
         if layers is None or seam.index in layers:
-
-            @contextmanager
-            def restored(seam=seam):
-                with swapped(seam, window_of(seam, window=EVERYTHING)):
-                    yield model
-
-            result[f"layer {seam.index} restored"] = restored
+            result[f"layer {seam.index} restored"] = without(lambda seam: swapped(seam, window_of(seam, window=EVERYTHING)), [seam])
     return result

@@ -31,7 +31,7 @@ from subquad.linearize.mixers.window import Window
 from subquad.linearize.modes import as_teacher
 from subquad.linearize.seam import LayerSeam, seams
 from subquad.progress import Reporter
-from subquad.registry import nearest
+from subquad.registry import unknown_settings
 from subquad.settings import apply_sets
 from subquad.verbs import open_student, original_teacher
 
@@ -59,8 +59,7 @@ def diagnose_folder(
 
 def checked(given: dict[str, Any]) -> dict[str, int]:
     """SETTINGS with the given values; UserError names unknown keys and values that are no whole numbers."""
-    problems = [f"{key}: no such setting.{nearest(key, SETTINGS)} Settings: {', '.join(SETTINGS)}." for key in given if key not in SETTINGS]
-    raise_all(problems)
+    raise_all(unknown_settings(given, SETTINGS))
     return {**SETTINGS, **{key: whole(key, value, least=0 if key == "layers" else 1) for key, value in given.items()}}
 
 

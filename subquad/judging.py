@@ -4,7 +4,6 @@ such results.
 OUT/answers.jsonl (evals/answers.py)  results.json (rows)  items.json (scores by item)  about.json (models, text, versions)
 """
 
-import inspect
 import json
 import math
 from pathlib import Path
@@ -15,17 +14,17 @@ from rich.table import Table
 
 from subquad.distill.data import Tokens, load_documents
 from subquad.errors import UserError
-from subquad.evals import TASKS
+from subquad.evals import task_settings
 from subquad.evals.answers import Answers
 from subquad.evals.paired import difference
 from subquad.evals.rows import METRICS
-from subquad.evals.suites import named, suite
+from subquad.evals.suites import named, suite, with_files
 from subquad.folder import write_text
 from subquad.leakage import overlap_of
 from subquad.linearize import hub
 from subquad.linearize.teacher import load_teacher
 from subquad.progress import Reporter
-from subquad.registry import check_name, lookup
+from subquad.registry import check_name
 from subquad.settings import apply_sets
 from subquad.verbs import Rows, check_tasks, measure, open_student, original_teacher, untrained_window, versions
 
@@ -33,17 +32,16 @@ WHO = ("teacher", "window", "student")
 RESULTS, ITEMS, ABOUT = "results.json", "items.json", "about.json"
 
 
-def chosen_tasks(tasks: str | None, suite_name: str | None, sets: list[str], benchmarks: str | None, limit: int | None) -> dict[str, Any]:
-    """{task: settings} of the words on the command line; --set has the last word."""
+def chosen_tasks(
+    tasks: str | None, suite_name: str | None, sets: list[str], benchmarks: str | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """{task: settings} of the words on the command line; --set has the last word. Empty where nothing is said."""
     found = suite(suite_name) if suite_name else {}
     found |= named([name.strip() for name in tasks.split(",") if name.strip()], benchmarks) if tasks is not None else {}
     for name, settings in found.items():
-        parameters = inspect.signature(lookup("eval task", name, TASKS)).parameters
-        if limit is not None and "limit" in parameters:
+        if limit is not None and "limit" in task_settings(name):
             settings["limit"] = limit
-        if benchmarks is not None and "folder" in parameters:
-            settings.setdefault("folder", benchmarks)
-    return apply_sets(found, sets)
+    return with_files(apply_sets(found, sets), benchmarks)
 
 
 def judge_folder(
@@ -56,7 +54,8 @@ def judge_folder(
     out: Path | None = None,
     report: Reporter,
 ) -> Rows:
-    """Rows of the model in `name` on `tasks`: a student beside its teacher and the untrained window, any other model alone.
+    """Rows of the model in `name` on `tasks`: a student beside its teacher and the untrained window, any other model alone. No tasks:
+    DEFAULT_TASKS, which compare a student with its teacher.
 
     out: the folder that keeps answers and results; the same call goes on where an earlier one stopped. UserError before a model is opened for
     what can be known without one.
@@ -65,14 +64,9 @@ def judge_folder(
         check_name("model of --models", one, WHO)
     documents = load_documents(data)
     is_student = Path(name).is_dir() and hub.is_student(name)
-    if is_student:
-        student, tokenizer = open_student(Path(name))
-        story = student.subquad_provenance
-    else:
-        student, tokenizer = load_teacher(name)
-        story = {}
+    student, tokenizer = open_student(Path(name)) if is_student or not tasks else load_teacher(name)
     tokens = Tokens.from_documents(documents, tokenizer)
-    tasks = check_tasks(tasks, tokens)
+    tasks = check_tasks(tasks or None, tokens)
     models = {"student" if is_student else "model": student}
     if is_student and who != ["student"]:
         exact = original_teacher(student, teacher)
@@ -85,7 +79,7 @@ def judge_folder(
             report.line(f"{out} holds {len(answers)} answers of an earlier call; going on from there.")
         rows = measure(models, tokens, tasks, tokenizer, report, answers)
         if out is not None:
-            files = overlap_of(story, tasks)
+            files = overlap_of(getattr(student, "subquad_provenance", {}), tasks)
             about = {"model": name, "models": {who: answers.mark(model) for who, model in models.items()}, "tasks": tasks,
                      "text_sha256": tokens.sha256, "overlap": files, "versions": versions()}  # fmt: skip
             for entry, value in ((ITEMS, answers.items), (ABOUT, about), (RESULTS, rows)):

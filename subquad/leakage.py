@@ -57,7 +57,7 @@ def eval_sets(tasks: dict[str, dict[str, Any]], held_out: Sequence[Document] = (
     """Every text a choice of tasks would show a model, by the name of its set."""
     sets = {"held-out text": [document.text for document in held_out]} if held_out else {}
     for task, settings in tasks.items():
-        for path in find(settings["files"], settings.get("folder"), task) if settings.get("files") else ():
+        for path in find(task, settings["files"]) if settings.get("files") else ():
             name = stem(path)
             sets[name if path.parent.name != "blimp" else f"blimp {name}"] = texts(path)
     return sets

@@ -4,7 +4,6 @@
 A recipe that loads is complete: nothing in it is looked at later than here except files and weights.
 """
 
-import inspect
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,9 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, f
 
 from subquad.distill.stage import Count, Number, Positive, Share, Stage, parse_count
 from subquad.errors import UserError, raise_all
-from subquad.evals import TASKS
+from subquad.evals import task_settings
 from subquad.linearize.mixers import MIXERS, pieces
-from subquad.registry import check_name, lookup, nearest
+from subquad.registry import check_name, nearest, unknown_settings
 from subquad.settings import apply_sets, expand, merge, read_yaml, validate
 
 Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]  # layer and head numbers, seeds: 0 is allowed
@@ -177,15 +176,7 @@ def task_problems(name: str, settings: Any) -> list[str]:
         return list(error.problems)
     if not isinstance(settings, dict):
         return [f"{name}: expected a mapping of settings, got {settings!r}; {{}} takes the defaults. Settings: {', '.join(allowed)}."]
-    return [
-        f"{name}.{key}: no such setting.{nearest(key, allowed)} Settings: {', '.join(allowed)}." for key in settings if key not in allowed
-    ]
-
-
-def task_settings(name: str) -> list[str]:
-    """The settings an eval task takes: the parameters of its function that have a default."""
-    parameters = inspect.signature(lookup("eval task", name, TASKS)).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
+    return unknown_settings(settings, allowed, f"{name}.")
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------------------------

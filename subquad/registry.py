@@ -24,6 +24,12 @@ def check_name(kind: str, name: str, names: Iterable[str]) -> None:
         raise UserError(f"Unknown {kind} {name!r}.{nearest(name, names)} Known: {', '.join(sorted(names))}.")
 
 
+def unknown_settings(given: Iterable[str], known: Iterable[str], where: str = "") -> list[str]:
+    """A sentence for every key of `given` that is not in `known`; where: what stands before a key, for example 'perplexity.'."""
+    known = list(known)
+    return [f"{where}{key}: no such setting.{nearest(key, known)} Settings: {', '.join(known)}." for key in given if key not in known]
+
+
 def lookup(kind: str, name: str, table: Mapping[str, str]) -> Any:
     """The object a table's row names. Raises UserError for an unknown name; a broken import inside the module shows its own traceback."""
     check_name(kind, name, table)

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from subquad.errors import UserError, raise_all
+from subquad.evals.paired import mean, stderr
 from subquad.evals.rows import Row, arrange, row
 from subquad.evals.synthetic import NO_LABEL, TOKEN_TASKS, Batch, token_task
 from subquad.linearize import linearize, plan
 from subquad.linearize.mixers import MIXERS
 from subquad.progress import Reporter
-from subquad.registry import check_name, lookup, nearest
+from subquad.registry import check_name, lookup, unknown_settings
 from subquad.settings import apply_sets
 
 SOFTMAX = "softmax"  # the name of the model that is left as it is
@@ -83,23 +84,19 @@ def train_mixer(
     far = distance > budget.layers * (budget.window - 1)
     setting = f"{task}, {length} tokens, {budget.layers} layers of {budget.hidden}, {len(right)} answers, seed {budget.seed}"
     more = {"chance": chance, "state_bytes": state_bytes, "steps": steps}
-    rows = [row(name, "accuracy", setting, right.mean().item(), n=len(right), stderr=_stderr(right), **more)]
-    if far.any():
-        part = right[far]
-        beyond = f"{setting}, beyond {budget.layers} windows of {budget.window}"
-        rows.append(row(name, "accuracy", beyond, part.mean().item(), n=len(part), stderr=_stderr(part), **more))
-    return rows
+    parts = {setting: right.tolist(), f"{setting}, beyond {budget.layers} windows of {budget.window}": right[far].tolist()}
+    return [row(name, "accuracy", what, mean(part), n=len(part), stderr=stderr(part), **more) for what, part in parts.items() if part]
 
 
 def train_mixers(names: list[str], task: str, sets: list[str], report: Reporter) -> list[Row]:
     """Rows of several mixers, the first the reference. sets: task.KEY, train.KEY (Budget) and options.KEY (of every mixer but softmax)."""
     given = apply_sets({}, sets)
     known = [field.name for field in fields(Budget)]
+    train = given.get("train") or {}
     problems = [f"{key}: expected task.KEY, train.KEY or options.KEY." for key in given if key not in ("task", "train", "options")]
-    for key, value in (given.get("train") or {}).items():
-        if key not in known:
-            problems.append(f"train.{key}: no such setting.{nearest(key, known)} Settings: {', '.join(known)}.")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    problems += unknown_settings(train, known, "train.")
+    for key, value in train.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             problems.append(f"train.{key}: expected a number, got {value!r}.")
     for name in names:
         try:
@@ -107,7 +104,7 @@ def train_mixers(names: list[str], task: str, sets: list[str], report: Reporter)
         except UserError as error:
             problems += error.problems
     raise_all(problems or ([] if names else ["Give at least one mixer."]))
-    budget, rows = Budget(**given.get("train", {})), []
+    budget, rows = Budget(**train), []
     for name in names:
         options = given.get("options") if name not in (SOFTMAX, "window") else None
         rows += train_mixer(name, task, settings=given.get("task"), options=options, budget=budget, report=report)
@@ -195,7 +192,3 @@ def _test(model: PreTrainedModel, draw, budget: Budget) -> tuple[torch.Tensor, t
         right.append((guess == batch.labels[asked]).double())
         distance.append(batch.distance[asked])
     return torch.cat(right), torch.cat(distance), batch.chance
-
-
-def _stderr(right: torch.Tensor) -> float:
-    return (right.std() / math.sqrt(len(right))).item() if len(right) > 1 else 0.0

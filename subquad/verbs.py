@@ -1,7 +1,6 @@
-"""The toolkit's verbs one at a time, from Python and for the command line: convert, distill, evaluate. `run.py` joins them into a story."""
+"""The toolkit's verbs one at a time, from Python and for the command line: convert, distill, evaluate (folders: judging.py). `run.py` joins them into a story."""
 
 import copy
-import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from subquad.distill.data import Tokens, load_documents
 from subquad.distill.log import JsonLog
 from subquad.distill.stage import Stage
 from subquad.errors import UserError, raise_all
-from subquad.evals import TASKS
 from subquad.evals import evaluate as run_tasks
+from subquad.evals import handed, problems, task_settings
 from subquad.evals.answers import Answers, key
 from subquad.evals.fill import STOCK, auto
 from subquad.evals.models import loaded
@@ -28,7 +27,6 @@ from subquad.linearize.state import MixerState, cache_bytes
 from subquad.linearize.teacher import load_teacher, load_tokenizer
 from subquad.progress import Reporter
 from subquad.recipe import EvalTasks
-from subquad.registry import lookup
 from subquad.settings import apply_sets, validate
 
 Rows = list[dict[str, Any]]  # model, metric, setting, value, ratio (to the teacher)
@@ -72,7 +70,7 @@ def measure(
 ) -> Rows:
     """Rows of models in memory, the first of them the reference. A task that `answers` has seen finished is not run again."""
     answers = Answers(log=report.line) if answers is None else answers  # an empty one is false
-    needing = [name for name in tasks if "tokenizer" in inspect.signature(lookup("eval task", name, TASKS)).parameters]
+    needing = [name for name in tasks if "tokenizer" in handed(name)]
     if tokenizer is None and needing:
         raise UserError(f"{', '.join(needing)}: needs a tokenizer; give tokenizer=...")
     marks = {name: answers.mark(model) for name, model in models.items()}
@@ -86,13 +84,8 @@ def measure(
 
 def check_tasks(tasks: dict[str, dict[str, Any]] | None, tokens: Tokens) -> dict[str, dict[str, Any]]:
     """`tasks` (TASKS for None), if they can be run on so much text; every problem in one UserError. No model is needed."""
-    tasks, problems = validate(EvalTasks, DEFAULT_TASKS if tasks is None else tasks).root, []
-    for name, settings in with_state(tasks).items():
-        try:
-            lookup("eval task", name, TASKS)({}, tokens.long(), **settings)
-        except UserError as error:
-            problems += error.problems
-    raise_all(problems)
+    tasks = validate(EvalTasks, DEFAULT_TASKS if tasks is None else tasks).root
+    raise_all(problems(tokens.long(), with_state(tasks)))
     return tasks
 
 
@@ -154,16 +147,6 @@ def distill_folder(
         hub.save(student, folder / "student", tokenizer=tokenizer, provenance=story | {"versions": versions()})
 
 
-def evaluate_folder(name: Path, data: list[str], teacher: str | None, sets: list[str], report: Reporter) -> Rows:
-    """Measure the student in folder `name` on `data`, beside its teacher. `sets` choose tasks and settings instead of DEFAULT_TASKS."""
-    tasks = apply_sets({}, sets) or None
-    documents = load_documents(data)
-    student, tokenizer = open_student(name)
-    tokens = Tokens.from_documents(documents, tokenizer)
-    check_tasks(tasks, tokens)
-    return evaluate(student, tokens, tasks, teacher=original_teacher(student, teacher), report=report)
-
-
 def open_student(name: Path) -> tuple[PreTrainedModel, Any]:
     """(student, tokenizer) of a student folder."""
     if not hub.is_student(name):
@@ -218,10 +201,10 @@ def with_state(tasks: dict[str, dict[str, Any]], tokenizer: Any = None, answers:
         "fill": partial(auto, extend={**STOCK, MixerState: lengthen}),
     }
 
-    def handed(name: str) -> dict[str, Any]:
-        return {key: value for key, value in pool.items() if key in inspect.signature(lookup("eval task", name, TASKS)).parameters}
-
-    return {name: {**handed(name), **settings} for name, settings in tasks.items()}
+    return {
+        name: {**{key: pool[key] for key in (*handed(name), *task_settings(name)) if key in pool}, **settings}
+        for name, settings in tasks.items()
+    }
 
 
 def lengthen(layer: MixerState, tokens: int) -> None:

@@ -47,6 +47,8 @@ def test_old_form_still_works(place):
         code, stdout, stderr = call("eval", *order)
         assert code == 0, stderr
         assert [row["model"] for row in json.loads(stdout)] == ["teacher", "window", "student"]
+    code, stdout, stderr = call("eval", place / "student", *words, "--models", "student", "--out", place / "kept")
+    assert code == 0 and json.loads(stdout) == json.loads((place / "kept" / "results.json").read_text()), stderr
     assert "diagnose" in call("eval", "--help")[1] and "--tasks" in call("eval", "model", "--help")[1]
 
 
@@ -101,7 +103,6 @@ MISTAKES = {
     "no tokenizer": (lambda p: ["--tasks", "quiz", no_tokenizer(p)], ["Could not open", "tokenizer"]),
     "suite without files": (lambda p: ["--suite", "standard"], ["no file 'arc_easy'"]),
     "unknown model": (lambda p: ["--tasks", "quiz", "--models", "techer"], ["Did you mean 'teacher'"]),
-    "out without tasks": (lambda p: ["--models", "student"], ["--tasks or --suite"]),
     "unknown setting": (lambda p: ["--tasks", "quiz", "--set", "choice.limt=3"], ["Did you mean 'limit'"]),
 }
 

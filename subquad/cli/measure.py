@@ -6,12 +6,11 @@ from typing import Annotated
 import typer
 
 from subquad.cli.shared import STUDENT, Data, Folder, Json, Sets, TeacherName, app, command, eval_app, reporter, show
-from subquad.errors import UserError
 
 
 @command(eval_app, STUDENT)
 def evaluate(
-    folder: Annotated[str, typer.Argument(metavar="MODEL", help="A student folder; with --tasks or --suite any model.")],
+    folder: Annotated[str, typer.Argument(metavar="MODEL", help="A student folder; with tasks said, any model.")],
     tasks: Annotated[
         str | None,
         typer.Option("--tasks", help="Names with commas: rows of `subquad eval tasks`, files, lm-evaluation-harness tasks."),
@@ -32,18 +31,13 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a student beside its teacher and the same window untrained. --set perplexity.context=2048 chooses tasks and settings."""
-    from subquad import judging, verbs
+    from subquad import judging
     from subquad.evals import table
 
     report = reporter(json)
-    if tasks is None and suite is None and out is None and models is None and limit is None:
-        rows = verbs.evaluate_folder(Path(folder), data or ["pydoc"], teacher, sets or [], report)
-    else:
-        if tasks is None and suite is None:
-            raise UserError("--out, --models and --limit go with --tasks or --suite: say what to measure.")
-        chosen = judging.chosen_tasks(tasks, suite, sets or [], benchmarks, limit)
-        who = [name.strip() for name in models.split(",")] if models else None
-        rows = judging.judge_folder(folder, chosen, data or ["pydoc"], teacher=teacher, who=who, out=out, report=report)
+    chosen = judging.chosen_tasks(tasks, suite, sets or [], benchmarks, limit)
+    who = [name.strip() for name in models.split(",")] if models else None
+    rows = judging.judge_folder(folder, chosen, data or ["pydoc"], teacher=teacher, who=who, out=out, report=report)
     show(rows) if json else table.render(rows, report.console)
 
 

@@ -13,8 +13,9 @@ choice, pairs, mmlu     accuracy, accuracy_norm, option_bias                 fil
 gsm8k                   accuracy of written answers                          items of all, shots
 rolling                 word_perplexity, bits_per_byte                       file, words, context
 generation              repetition, free-running agreement and KL            prompts x tokens
-passkey, niah, mqar,    accuracy, accuracy_by_depth                          tokens, depth, texts, seed
+passkey, niah_*, mqar,  accuracy, accuracy_by_depth                          tokens, depth, texts, seed
 phonebook, copying, selective_copying, induction, listops, variable_tracking
+lm_eval                 whatever lm-evaluation-harness reports               task, metric, items
 
 Every task is `task(models, tokens, *, settings) -> list[Row]`. A parameter with a default is a setting that a recipe may give; a parameter
 without one is handed over from Python. With no models a task checks its settings and the length of the text and returns no rows.
@@ -28,14 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 from subquad.errors import UserError, raise_all
 from subquad.evals.rows import METRICS, Row, arrange, shown
-from subquad.registry import lookup, nearest
+from subquad.registry import lookup, unknown_settings
 
 if TYPE_CHECKING:  # torch is slow to import; recipes and the command line want the names only
     from torch import Tensor
 
     from subquad.evals.models import Models
 
-__all__ = ["TASKS", "Row", "evaluate"]
+__all__ = ["TASKS", "Row", "evaluate", "handed", "problems", "task_settings"]
 
 TASKS = {
     "perplexity": "subquad.evals.perplexity:perplexity",
@@ -51,7 +52,9 @@ TASKS = {
     "generation": "subquad.evals.generation:generation",
     "rolling": "subquad.evals.rolling:rolling",
     "passkey": "subquad.evals.recall.tasks:passkey",
-    "niah": "subquad.evals.recall.tasks:niah",
+    "niah_single": "subquad.evals.recall.tasks:niah_single",
+    "niah_multi_key": "subquad.evals.recall.tasks:niah_multi_key",
+    "niah_multi_value": "subquad.evals.recall.tasks:niah_multi_value",
     "mqar": "subquad.evals.recall.tasks:mqar",
     "phonebook": "subquad.evals.recall.tasks:phonebook",
     "copying": "subquad.evals.recall.tasks:copying",
@@ -79,7 +82,10 @@ def evaluate(
     Raises UserError with all problems of names, settings and text length before the first model runs.
     """
     log = log or (lambda line: None)
-    _check(models, tokens, tasks)
+    found = [] if models else ["There is no model to evaluate."]
+    if "agreement" in tasks and len(models) == 1:
+        found.append("agreement compares models with the first one, and there is one only: give a teacher too, or leave the task out.")
+    raise_all([*found, *problems(tokens, tasks)])
     rows: list[Row] = []
     for number, (name, settings) in enumerate(tasks.items(), 1):
         log(f"[{number}/{len(tasks)}] {name}: {', '.join(models)}")
@@ -101,26 +107,31 @@ def _plainly(name: str, settings: Mapping[str, Any], run: Callable[[], list[Row]
     return run()
 
 
-def _check(models: "Models", tokens: "Tensor", tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Everything that can be known without a model, for all tasks at once."""
-    problems = [] if models else ["There is no model to evaluate."]
+def problems(tokens: "Tensor", tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is wrong with names, settings and the length of the text: everything that can be known without a model."""
+    found = []
     for name, settings in tasks.items():
         try:
-            task = lookup("eval task", name, TASKS)
-            if wrong := _unknown_settings(name, task, settings):
-                raise UserError(*wrong)
-            task({}, tokens, **settings)
+            allowed = [*handed(name), *task_settings(name)]
+            missing = [f"{name}.{key}: needed, but not given." for key in handed(name) if key not in settings]
+            raise_all(unknown_settings(settings, allowed, f"{name}.") + missing)
+            lookup("eval task", name, TASKS)({}, tokens, **settings)
         except UserError as error:
-            problems += error.problems
-    if "agreement" in tasks and len(models) == 1:
-        problems.append("agreement compares models with the first one, and there is one only: give a teacher too, or leave the task out.")
-    raise_all(problems)
+            found += error.problems
+    return found
 
 
-def _unknown_settings(name: str, task: Callable, settings: Mapping[str, Any]) -> list[str]:
-    parameters = inspect.signature(task).parameters
-    handed = [key for key, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-    unknown = [key for key in settings if key not in handed]
-    problems = [f"{name}.{key}: no such setting.{nearest(key, handed)} Settings: {', '.join(handed)}." for key in unknown]
-    missing = [key for key in handed if parameters[key].default is inspect.Parameter.empty and key not in settings]
-    return problems + [f"{name}.{key}: needed, but not given." for key in missing]
+def task_settings(name: str) -> list[str]:
+    """What may be set of a task: its parameters with a default."""
+    return [key for key, default in _parameters(name).items() if default is not inspect.Parameter.empty]
+
+
+def handed(name: str) -> list[str]:
+    """What a task is handed from Python: its parameters without a default."""
+    return [key for key, default in _parameters(name).items() if default is inspect.Parameter.empty]
+
+
+def _parameters(name: str) -> dict[str, Any]:
+    """Keyword-only parameters of a task and their defaults."""
+    parameters = inspect.signature(lookup("eval task", name, TASKS)).parameters.values()
+    return {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}

@@ -6,13 +6,12 @@ scores divided by the choice's length in characters.
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from subquad.evals.answers import Answers
-from subquad.evals.local import LETTERS, Choice, find, limited, read_choice, read_mmlu, read_pairs, stem
+from subquad.evals.local import LETTERS, Choice, read
 from subquad.evals.models import Models
 from subquad.evals.paired import mean, paired_rows
 from subquad.evals.requests import pair_request, score_all
@@ -22,31 +21,23 @@ from subquad.evals.text import whole
 Names = str | Sequence[str]
 
 
-def choice(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    files: Names = (),
-    folder: str | None = None,
-    limit: int | None = None,
-) -> list[Row]:
+def choice(models: Models, tokens: Tensor, *, tokenizer: Any, answers: Answers, files: Names = (), limit: int | None = None) -> list[Row]:
     """Metrics accuracy and accuracy_norm of each of `files` (kind choice of local.py), over its first `limit` items (None: all).
 
     A query that starts with 'Question:' is shown with '\\nAnswer:' after it (ARC, PIQA); any other as it stands (HellaSwag, COPA). Choices
     follow after a space. Chance: the mean of 1 / choices.
     """
-    sets = {path: limited("choice", read_choice(path), limit) for path in find(files, folder, "choice")}
+    sets = read("choice", files, limit)
     if not models:
         return []
     rows = []
-    for path, items in sets.items():
+    for file in sets:
+        items, of = file.asked, len(file.every)
         requests = [pair_request(tokenizer, shown(item), f" {text}") for item in items for text in item.choices]
         chance = mean([1 / len(item.choices) for item in items])
-        setting = describe(path, len(items), len(read_choice(path)))
+        setting = f"{file.name}, {len(items)} of {of} items, 0-shot"
         logprobs = _per_item(score_all(models, requests, answers), items)
-        more = {"chance": chance, "task": stem(path), "of": len(read_choice(path))}
+        more = {"chance": chance, "task": file.name, "of": of}
         for metric, lengths in (("accuracy", False), ("accuracy_norm", True)):
             scores = {
                 name: [correct(item, found, lengths) for item, found in zip(items, per, strict=True)] for name, per in logprobs.items()
@@ -55,47 +46,30 @@ def choice(
     return rows
 
 
-def pairs(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    files: Names = (),
-    folder: str | None = None,
-    limit: int | None = None,
-) -> list[Row]:
+def pairs(models: Models, tokens: Tensor, *, tokenizer: Any, answers: Answers, files: Names = (), limit: int | None = None) -> list[Row]:
     """Metrics accuracy over all `files` (kind pairs of local.py: BLiMP) and accuracy_by_paradigm of each of several: the good sentence is the more
     likely one. `limit` pairs of each file. A sentence starts after the prefix token and a space. Chance 1/2."""
-    sets = {path: limited("pairs", read_pairs(path), limit) for path in find(files, folder, "pairs")}
+    sets = read("pairs", files, limit)
     if not models:
         return []
-    every = [pair for items in sets.values() for pair in items]
+    every = [pair for file in sets for pair in file.asked]
     found = score_all(models, [pair_request(tokenizer, "", f" {text}") for pair in every for text in pair], answers)
     right = {
         name: [float(good[0].logprob >= bad[0].logprob) for good, bad in zip(s[::2], s[1::2], strict=True)] for name, s in found.items()
     }
-    paradigms = f"{len(sets)} paradigms" if len(sets) > 1 else stem(next(iter(sets)))
-    of = sum(len(read_pairs(path)) for path in sets)
+    paradigms = f"{len(sets)} paradigms" if len(sets) > 1 else sets[0].name
+    of = sum(len(file.every) for file in sets)
     rows = paired_rows("accuracy", f"BLiMP, {paradigms}, {len(every)} of {of} pairs", right, answers, chance=0.5, task="blimp", of=of)
     at = 0
-    for path, items in sets.items() if len(sets) > 1 else ():
-        part = {name: values[at : at + len(items)] for name, values in right.items()}
-        rows += paired_rows("accuracy_by_paradigm", f"BLiMP {stem(path)}, {len(items)} pairs", part, answers, chance=0.5, task="blimp")
-        at += len(items)
+    for file in sets if len(sets) > 1 else ():
+        part = {name: values[at : at + len(file.asked)] for name, values in right.items()}
+        rows += paired_rows("accuracy_by_paradigm", f"BLiMP {file.name}, {len(file.asked)} pairs", part, answers, chance=0.5, task="blimp")
+        at += len(file.asked)
     return rows
 
 
 def mmlu(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    files: Names = (),
-    folder: str | None = None,
-    limit: int | None = None,
-    shots: int = 4,
+    models: Models, tokens: Tensor, *, tokenizer: Any, answers: Answers, files: Names = (), limit: int | None = None, shots: int = 4
 ) -> list[Row]:
     """Metrics accuracy and option_bias of MMLU files (kind mmlu of local.py), one a subject: which of ' A' .. ' D' is the most likely after the
     question, its choices, and `shots` other questions of the same file with their answers.
@@ -103,15 +77,14 @@ def mmlu(
     option_bias: half the sum over letters of |share predicted - share right|; 0 is none, 0.75 always the same letter. Chance of accuracy 1/4.
     """
     whole("mmlu.shots", shots, least=0)
-    sets = {path: limited("mmlu", read_mmlu(path), limit) for path in find(files, folder, "mmlu")}
+    sets = read("mmlu", files, limit)
     if not models:
         return []
-    items = [item for part in sets.values() for item in part]
+    items = [item for file in sets for item in file.asked]
     requests = []
-    for path, part in sets.items():
-        of = read_mmlu(path)
-        for item in part:
-            prompt = _mmlu_prompt(_subject(path), [other for other in of if other != item][:shots], item)
+    for file in sets:
+        for item in file.asked:
+            prompt = _mmlu_prompt(_subject(file.name), [other for other in file.every if other != item][:shots], item)
             requests += [pair_request(tokenizer, prompt, f" {letter}") for letter in LETTERS]
     logprobs = _per_item(score_all(models, requests, answers), items)
     setting = f"MMLU, {len(sets)} subject{'s' * (len(sets) != 1)}, {len(items)} items, {shots} shots"
@@ -144,10 +117,6 @@ def bias(gold: Sequence[int], predicted: Sequence[int]) -> float:
     return sum(abs(right[option] - chosen[option]) for option in {*right, *chosen}) / 2 / len(gold)
 
 
-def describe(path: Path, count: int, of: int) -> str:
-    return f"{stem(path)}, {count} of {of} items, 0-shot"
-
-
 def _per_item(found: dict[str, list], items: Sequence[Choice]) -> dict[str, list[list[float]]]:
     """model -> for every item, the score of each choice."""
     result = {}
@@ -160,8 +129,8 @@ def _per_item(found: dict[str, list], items: Sequence[Choice]) -> dict[str, list
     return result
 
 
-def _subject(path: Path) -> str:
-    return stem(path).removesuffix("_dev").removesuffix("_test").replace("_", " ")
+def _subject(name: str) -> str:
+    return name.removesuffix("_dev").removesuffix("_test").replace("_", " ")
 
 
 def _mmlu_prompt(subject: str, shots: Sequence[Choice], item: Choice) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.evals.agreement import kl
 from subquad.evals.answers import Answers
-from subquad.evals.local import Problem, find, limited, read_gsm8k, stem
+from subquad.evals.local import Problem, limited, read
 from subquad.evals.logits import Logits
 from subquad.evals.models import Models, measuring
 from subquad.evals.paired import mean, paired_rows
@@ -60,7 +60,6 @@ def gsm8k(
     tokenizer: Any,
     answers: Answers,
     files: str | Sequence[str] = (),
-    folder: str | None = None,
     limit: int | None = 50,
     shots: int = 4,
     new_tokens: int = 200,
@@ -70,10 +69,10 @@ def gsm8k(
     whole("gsm8k.shots", shots, least=0)
     whole("gsm8k.new_tokens", new_tokens, least=1)
     rows = []
-    for path in find(files, folder, "gsm8k"):
-        every = read_gsm8k(path)
+    for file in read("gsm8k", files):
+        every = file.every
         if len(every) <= shots:
-            raise UserError(f"gsm8k.shots: {shots} solved problems leave none of the {len(every)} in {path} to ask. Lower shots.")
+            raise UserError(f"gsm8k.shots: {shots} solved problems leave none of the {len(every)} in {file.name} to ask. Lower shots.")
         asked = limited("gsm8k", every[: len(every) - shots], limit)
         if not models:
             continue
@@ -83,8 +82,8 @@ def gsm8k(
         for name, opener in models.items():
             texts = generate(name, opener, tokenizer, prompts, new_tokens, ["Question:", "\n\n"], answers)
             scores[name] = [float(right(problem, text)) for problem, text in zip(asked, texts, strict=True)]
-        setting = f"{stem(path)}, {len(asked)} of {len(every)} items, {shots} shots, {new_tokens} tokens, greedy"
-        rows += paired_rows("accuracy", setting, scores, answers, task=stem(path), of=len(every))
+        setting = f"{file.name}, {len(asked)} of {len(every)} items, {shots} shots, {new_tokens} tokens, greedy"
+        rows += paired_rows("accuracy", setting, scores, answers, task=file.name, of=len(every))
     return rows
 
 

@@ -1,11 +1,11 @@
 """Evaluation files on disk: what they may look like, read with every broken line named.
 
-kind      a line, or a file
+kind      a line, or a file; the kind is also the name of the task that asks it
 choice    JSON lines {"query": text, "choices": [text, ...], "gold": index}
 pairs     JSON lines {"sentence_good": text, "sentence_bad": text} (BLiMP)
 gsm8k     JSON lines {"question": text, "answer": "... #### number"}
 mmlu      csv with the columns question, choice0 .. choice3, answer (index or letter); a header line may be missing
-text      anything else that ends in .txt or .md: one document
+rolling   anything else that ends in .txt or .md: one document
 
 Files may be gzipped. Nothing is downloaded.
 """
@@ -22,7 +22,6 @@ from typing import Any
 
 from subquad.errors import UserError, raise_all
 from subquad.evals.text import whole
-from subquad.registry import nearest
 
 SHOWN = 5  # broken lines named one by one; the rest are counted
 FIELDS = {"choice": ("query", "choices", "gold"), "pairs": ("sentence_good", "sentence_bad"), "gsm8k": ("question", "answer")}
@@ -48,24 +47,33 @@ class Problem:
     number: str
 
 
-def find(names: str | Sequence[str], folder: str | Path | None, kind: str) -> list[Path]:
-    """Files of `names`: paths, or names without suffix of files in `folder`. A folder stands for its files, sorted. UserError names them all."""
+@dataclass(frozen=True)
+class File:
+    """What one file holds: all items, and the first `limit` of them, which are asked."""
+
+    name: str
+    every: list
+    asked: list
+
+
+def read(kind: str, names: str | Sequence[str], limit: int | None = None) -> list[File]:
+    """The files of `names`, read as `kind`."""
+    found = [(path, READERS[kind](path)) for path in find(kind, names)]
+    return [File(stem(path), every, limited(kind, every, limit)) for path, every in found]
+
+
+def find(kind: str, names: str | Sequence[str]) -> list[Path]:
+    """Files of `names`; a folder stands for its files, sorted. UserError names all that are not there."""
     listed = [names] if isinstance(names, str) else list(names or ())
     if not listed:
         raise UserError(f"{kind}.files: give at least one file.")
-    found, problems = [], []
-    for name in listed:
-        places = [Path(name).expanduser()] + ([Path(folder) / name] if folder else [])
-        places += [place.with_name(place.name + suffix) for place in places for suffix in SUFFIXES]
-        path = next((place for place in places if place.exists()), None)
-        if path is None:
-            known = sorted({stem(file) for file in Path(folder).iterdir()}) if folder and Path(folder).is_dir() else []
-            hint = nearest(name, known) + (f" In {folder}: {', '.join(known)}." if known else " Give a path, or the folder they are in.")
-            problems.append(f"{kind}.files: no file {name!r}.{hint}")
-        else:
-            found += sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES)) if path.is_dir() else [path]
-    raise_all(problems)
-    return found
+    paths = [Path(name).expanduser() for name in listed]
+    raise_all([f"{kind}.files: no file {name!r}. Give a path." for name, path in zip(listed, paths, strict=True) if not path.exists()])
+    return [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
 
 
 def stem(path: Path) -> str:
@@ -77,8 +85,8 @@ def kind_of(path: Path) -> str:
     """The row of the table above that a file is, judged by its name and its first line."""
     name = path.name.removesuffix(".gz")
     if name.endswith((".csv", ".txt", ".md")):
-        return "mmlu" if name.endswith(".csv") else "text"
-    first = next((line for line in _text(path).split("\n") if line.strip()), "")
+        return "mmlu" if name.endswith(".csv") else "rolling"
+    first = next((line for line in read_text(path).split("\n") if line.strip()), "")
     try:
         row = json.loads(first)
     except ValueError:
@@ -126,7 +134,7 @@ def read_gsm8k(path: Path) -> list[Problem]:
 
 def read_mmlu(path: Path) -> list[Choice]:
     items, broken = [], []
-    for number, cells in enumerate(csv.reader(io.StringIO(_text(path))), 1):
+    for number, cells in enumerate(csv.reader(io.StringIO(read_text(path))), 1):
         if not cells or (number == 1 and cells[-1].strip().lower() == "answer"):
             continue
         answer = cells[-1].strip()
@@ -146,8 +154,8 @@ READERS = {"choice": read_choice, "pairs": read_pairs, "gsm8k": read_gsm8k, "mml
 def texts(path: Path) -> list[str]:
     """Everything a file would show a model, one text per item: what leakage is looked for in."""
     kind = kind_of(path)
-    if kind == "text":
-        return [_text(path)]
+    if kind == "rolling":
+        return [read_text(path)]
     items = READERS[kind](path)
     if kind in ("choice", "mmlu"):
         return [" ".join((item.query, item.choices[item.gold])) for item in items]
@@ -164,10 +172,6 @@ def limited(kind: str, items: list, limit: int | None) -> list:
 
 
 def read_text(path: Path) -> str:
-    return _text(path)
-
-
-def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8")
@@ -178,7 +182,7 @@ def _text(path: Path) -> str:
 def _lines(path: Path, check) -> list:
     """check(row) returns an item, or what is wrong with it."""
     items, broken = [], []
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -22,7 +22,6 @@ def rolling(
     tokenizer: Any,
     answers: Answers,
     files: str | Sequence[str] = (),
-    folder: str | None = None,
     context: int = 2048,
     characters: int | None = None,
 ) -> list[Row]:
@@ -34,7 +33,7 @@ def rolling(
     whole("rolling.context", context, least=2)
     if characters is not None:
         whole("rolling.characters", characters, least=1)
-    documents = {path: read_text(path)[:characters] for path in find(files, folder, "rolling")}
+    documents = {path: read_text(path)[:characters] for path in find("rolling", files)}
     if not models:
         return []
     rows = []

@@ -34,7 +34,9 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "recall": {
         "repeat": {"length": [512, 1024, 2048], "samples": 4},
         "passkey": {},
-        "niah": {},
+        "niah_single": {},
+        "niah_multi_key": {},
+        "niah_multi_value": {},
         "phonebook": {},
         "mqar": {},
         "induction": {},
@@ -44,7 +46,6 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "listops": {},
     },
 }
-KINDS = {"choice": "choice", "pairs": "pairs", "gsm8k": "gsm8k", "mmlu": "mmlu", "text": "rolling"}  # kind of file -> task
 
 
 def suite(name: str) -> dict[str, dict[str, Any]]:
@@ -66,21 +67,34 @@ def named(names: Sequence[str], folder: str | Path | None) -> dict[str, dict[str
             if first is None:
                 problems.append(f"The folder {path} holds no files.")
                 continue
-            tasks.setdefault(KINDS[kind_of(first)], {"files": []})["files"].append(str(path))
+            tasks.setdefault(kind_of(first), {"files": []})["files"].append(str(path))
         elif name.startswith("lm_eval:") or name in _harness_names():
             tasks.setdefault("lm_eval", {"tasks": []})["tasks"].append(name.removeprefix("lm_eval:"))
         else:
-            known = [*TASKS, *local_names(folder), *_harness_names()]
-            where = (
-                f" Files in {folder}: {', '.join(local_names(folder))}."
-                if local_names(folder)
-                else " Give --benchmarks FOLDER for tasks from files."
-            )
-            problems.append(f"Unknown eval task {name!r}.{nearest(name, known)} Known: {', '.join(TASKS)}.{where}")
+            files = local_names(folder)
+            where = f"Files in {folder}: {', '.join(files)}." if files else "Give --benchmarks FOLDER for tasks from files."
+            near = nearest(name, [*TASKS, *files, *_harness_names()])
+            problems.append(f"Unknown eval task {name!r}.{near} Known: {', '.join(TASKS)}. {where}")
     raise_all(problems)
     if not tasks:
         raise UserError("--tasks: give at least one task.")
     return tasks
+
+
+def with_files(tasks: dict[str, Any], folder: str | Path | None) -> dict[str, Any]:
+    """`tasks` with the names of their files as paths: what is no path is looked up in `folder`. UserError with the nearest names."""
+    problems, found = [], dict(tasks)
+    for task, settings in tasks.items():
+        if not isinstance(settings, dict) or not settings.get("files"):
+            continue
+        names = [settings["files"]] if isinstance(settings["files"], str) else settings["files"]
+        paths = {name: _path(str(name), folder) for name in names}
+        known = local_names(folder)
+        hint = f" In {folder}: {', '.join(known)}." if known else " Give a path, or the folder they are in with --benchmarks."
+        problems += [f"{task}.files: no file {name!r}.{nearest(name, known)}{hint}" for name, path in paths.items() if path is None]
+        found[task] = settings | {"files": [str(path) for path in paths.values()]}
+    raise_all(problems)
+    return found
 
 
 def _path(name: str, folder: str | Path | None) -> Path | None:

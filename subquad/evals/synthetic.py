@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from subquad.errors import UserError
+from subquad.errors import UserError, raise_all
 from subquad.evals.text import whole
-from subquad.registry import lookup, nearest
+from subquad.registry import lookup, unknown_settings
 
 BLANK, MARK, FIRST = 0, 1, 2  # FIRST: the first letter
 NO_LABEL = -100  # what torch's cross entropy leaves out
@@ -87,11 +87,7 @@ def token_task(name: str, settings: dict[str, Any]):
     """draw(generator, batch) -> Batch of the task called `name`. UserError names unknown tasks and settings and impossible values."""
     task = lookup("token task", name, TOKEN_TASKS)
     known = [key for key, value in inspect.signature(task).parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY]
-    problems = [
-        f"{name}.{key}: no such setting.{nearest(key, known)} Settings: {', '.join(known)}." for key in settings if key not in known
-    ]
-    if problems:
-        raise UserError(*problems)
+    raise_all(unknown_settings(settings, known, f"{name}."))
     for key, value in settings.items():
         whole(f"{name}.{key}", value, least=0 if key in ("gap", "noise") else 2)
     task(torch.Generator().manual_seed(0), 1, **settings)

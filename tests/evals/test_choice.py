@@ -17,7 +17,7 @@ from subquad.evals.models import loaded
 from subquad.evals.paired import difference, paired_rows, recovery, solvable, stderr
 from subquad.evals.requests import Request, cut, encode_pair, rolling_requests, score
 from subquad.evals.rolling import rolling
-from subquad.evals.suites import named, suite
+from subquad.evals.suites import named, suite, with_files
 
 TOKENS = torch.arange(100)
 ITEMS = [
@@ -128,7 +128,7 @@ def test_pairs_and_mmlu_files(tokenizer, tmp_path):
             json.dumps({"sentence_good": f"The {w} sits.", "sentence_bad": f"The {w} sit."}) + "\n" for w in ("cat", "dog", "hen")
         )
         (blimp / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    rows = choice.pairs(two_models(), TOKENS, tokenizer=tokenizer, answers=Answers(), files="blimp", folder=str(tmp_path), limit=2)
+    rows = choice.pairs(two_models(), TOKENS, tokenizer=tokenizer, answers=Answers(), files=str(blimp), limit=2)
     assert rows[0]["setting"] == "BLiMP, 2 paradigms, 4 of 6 pairs" and {row["metric"] for row in rows} == {
         "accuracy",
         "accuracy_by_paradigm",
@@ -163,8 +163,12 @@ def test_files_are_found_and_told_apart(file, tmp_path):
     assert named(["quiz", "passkey"], tmp_path) == {"choice": {"files": [str(file)]}, "passkey": {}}
     with pytest.raises(UserError, match=r"Unknown eval task 'quizz'\. Did you mean 'quiz'"):
         named(["quizz"], tmp_path)
+    chosen = {"choice": {"files": ["quiz"], "limit": 2}, "passkey": {}}
+    assert with_files(chosen, tmp_path) == {"choice": {"files": [str(file)], "limit": 2}, "passkey": {}}
     with pytest.raises(UserError, match=r"no file 'quizz'\. Did you mean 'quiz'"):
-        local.find(["quizz"], tmp_path, "choice")
+        with_files({"choice": {"files": ["quizz"]}}, tmp_path)
+    with pytest.raises(UserError, match="choice.files: no file 'quizz'"):
+        local.find("choice", ["quizz"])
     with pytest.raises(UserError, match="0 leaves no items"):
         local.limited("choice", [1], 0)
     with pytest.raises(UserError, match="Did you mean 'standard'"):

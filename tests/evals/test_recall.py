@@ -1,7 +1,6 @@
 """Recall texts: the answer can be found by reading, stands where it should, and fits the length; scores are what greedy decoding would give."""
 
 import re
-from functools import partial
 from random import Random
 
 import helpers
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from subquad.errors import UserError
-from subquad.evals import TASKS
+from subquad.evals import TASKS, task_settings
 from subquad.evals.answers import Answers
 from subquad.evals.models import loaded
 from subquad.evals.recall import items, tasks
@@ -74,9 +73,9 @@ def read_variables(text):
 
 READERS = {
     "passkey": (items.passkey, read_passkey),
-    "niah single": (partial(items.niah, variant="single"), read_niah),
-    "niah multi_key": (partial(items.niah, variant="multi_key"), read_niah),
-    "niah multi_value": (partial(items.niah, variant="multi_value"), read_niah),
+    "niah_single": (items.niah_single, read_niah),
+    "niah_multi_key": (items.niah_multi_key, read_niah),
+    "niah_multi_value": (items.niah_multi_value, read_niah),
     "phonebook": (items.phonebook, read_phonebook),
     "mqar": (items.mqar, read_mqar),
     "copying": (items.copying, read_copying),
@@ -99,7 +98,7 @@ def test_a_reader_solves_it(name):
         assert 0 < item.chance <= 0.5 and maker(Random(seed), units, depth) == item
 
 
-@pytest.mark.parametrize("name", ["passkey", "phonebook", "induction", "niah single"])
+@pytest.mark.parametrize("name", ["passkey", "phonebook", "induction", "niah_single"])
 def test_depth_is_where_it_says(name):
     maker, read = READERS[name]
     for depth in (0.0, 0.5, 1.0):
@@ -146,6 +145,14 @@ def test_every_task_fills_its_length(name, tiny_tokenizer):
 def test_refused(settings, said):
     with pytest.raises(UserError, match=said):
         tasks.passkey(loaded(m=helpers.tiny_model()), TOKENS, tokenizer=helpers.tiny_tokenizer(), answers=Answers(), **settings)
+
+
+def test_settings_are_the_shared_ones_and_the_makers_own():
+    shared = {"lengths", "samples", "seed"}
+    assert set(task_settings("mqar")) == {*shared, "depths", "queries"}
+    assert set(task_settings("copying")) == shared and set(task_settings("listops")) == {*shared, "shots"}
+    with pytest.raises(UserError, match="mqar.queries: expected a whole number of at least 1, got 0"):
+        tasks.mqar({}, TOKENS, tokenizer=None, answers=Answers(), queries=0)
 
 
 @pytest.mark.parametrize("name", TOKEN_TASKS)

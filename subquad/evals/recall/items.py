@@ -78,12 +78,26 @@ def passkey(random: Random, units: int, depth: float) -> Item:
     )
 
 
-def niah(random: Random, units: int, depth: float, variant: str = "single", needles: int = 4) -> Item:
-    """Needle in a haystack by RULER's definitions. single: one needle. multi_key: `needles` needles of different names, one is asked for.
-    multi_value: `needles` needles of one name, all are asked for, in their order."""
-    count = 1 if variant == "single" else needles
-    names = made_up(random, count if variant == "multi_key" else 1)
-    values = [str(value) for value in random.sample(range(1_000_000, 10_000_000), count)]
+def niah_single(random: Random, units: int, depth: float) -> Item:
+    """A needle in a haystack by RULER's definition: a name's number of seven digits."""
+    return _niah(random, units, depth, "single", 1)
+
+
+def niah_multi_key(random: Random, units: int, depth: float, needles: int = 4) -> Item:
+    """`needles` needles of different names, one is asked for."""
+    return _niah(random, units, depth, "multi_key", needles)
+
+
+def niah_multi_value(random: Random, units: int, depth: float, needles: int = 4) -> Item:
+    """`needles` needles of one name, all are asked for, in the order of the text (RULER takes any order)."""
+    return _niah(random, units, depth, "multi_value", needles)
+
+
+def _niah(random: Random, units: int, depth: float, variant: str, needles: int) -> Item:
+    """single: one needle. multi_key: `needles` needles of different names, one is asked for. multi_value: `needles` needles of one name, all are
+    asked for, in their order."""
+    names = made_up(random, needles if variant == "multi_key" else 1)
+    values = [str(value) for value in random.sample(range(1_000_000, 10_000_000), needles)]
     told = [f"The secret number of {names[i % len(names)]} is {value}." for i, value in enumerate(values)]
     places: dict[float, list[str]] = {depth: [told[0]]}
     for sentence in told[1:]:
@@ -92,11 +106,11 @@ def niah(random: Random, units: int, depth: float, variant: str = "single", need
     head = f"Secret numbers are hidden in this text. Remember them.\n\n{text}\n\n"
     if variant != "multi_value":
         return Item(
-            ((f"{head}The secret number of {names[0]} is", False), (f" {values[0]}", True)), 1 / count if count > 1 else 1 / 9_000_000
+            ((f"{head}The secret number of {names[0]} is", False), (f" {values[0]}", True)), 1 / needles if needles > 1 else 1 / 9_000_000
         )
     order = sorted(values, key=text.index)
     parts = [(f"{head}The secret numbers of {names[0]}, in the order of the text, are", False)]
-    return Item((*parts, *listed(order)), 1 / count)
+    return Item((*parts, *listed(order)), 1 / needles)
 
 
 def phonebook(random: Random, units: int, depth: float) -> Item:
@@ -135,7 +149,7 @@ def mqar(random: Random, units: int, depth: float, queries: int = 4) -> Item:
 def copying(random: Random, units: int, depth: float) -> Item:
     """`units` made-up words, then all of them again: every word but the first counts. `depth` means nothing here."""
     words = made_up(random, max(units, 2))
-    again = [part for word in words[1:] for part in ((f" {word}", True),)]
+    again = ((f" {word}", True) for word in words[1:])
     return Item(((" ".join(words) + "\n\nThe same words again:\n\n" + words[0], False), *again), 1 / len(words))
 
 

@@ -1,4 +1,4 @@
-"""Recall tasks: accuracy by length and depth. One maker of items.py, one function, one row of TASKS.
+"""Recall tasks: accuracy by length and depth. One maker of items.py, one row here, one row of TASKS.
 
 An answer counts when each of its tokens is the most likely one given the text and the right tokens before it: what greedy decoding would write, at
 the price of one forward pass. With several answers in an item, the score is the share that counts.
@@ -6,7 +6,8 @@ the price of one forward pass. With several answers in an item, the score is the
 Lengths are tokens of the model's own tokenizer, the answer included: the most text that fits is made, never more.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 from typing import Any
@@ -25,190 +26,53 @@ from subquad.evals.text import whole, wholes
 
 LENGTHS = (512, 1024, 2048)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+ANYWHERE = (0.0,)  # of makers that take no notice of a depth
 
 
-def passkey(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    lengths: int | Sequence[int] = LENGTHS,
-    depths: Sequence[float] = DEPTHS,
-    samples: int = 4,
-    seed: int = 0,
-) -> list[Row]:
-    """Metrics accuracy for each of `lengths` (tokens) and accuracy_by_depth for each depth in it: a five-digit key in text of no interest.
+def recall(maker: Maker, samples: int = 4, depths: Sequence[float] = DEPTHS, **least: int) -> Callable[..., list[Row]]:
+    """The task `task(models, tokens, *, settings)` that asks texts of `maker`: metrics accuracy for each of `lengths` (tokens) and
+    accuracy_by_depth for each depth in it. Chance is the maker's.
 
-    `samples` texts for each length and depth, drawn with `seed`, the same for all models. Chance 1 / 90,000.
+    Its settings: lengths, depths (unless the answer is ANYWHERE), samples (texts for each length and depth, drawn with `seed`, the same for all
+    models), seed, and the maker's own; least: the smallest value of each of those.
     """
-    return ask(models, "passkey", items.passkey, tokenizer, answers, lengths, depths, samples, seed)
+    name, shared = maker.__name__, inspect.signature(partial(ask, "", maker))
+    defaults = {"samples": samples, "depths": depths}
+    parameters = [parameter.replace(default=defaults.get(key, parameter.default)) for key, parameter in shared.parameters.items()
+                  if key != "depths" or depths is not ANYWHERE]  # fmt: skip
+    own = {key: inspect.signature(maker).parameters[key] for key in least}
 
+    def task(models: Models, tokens: Tensor, **settings: Any) -> list[Row]:
+        given = {key: whole(f"{name}.{key}", settings.pop(key), least[key]) for key in own if key in settings}
+        return ask(name, partial(maker, **given), models, tokens, **{**defaults, **settings})
 
-def niah(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    variants: str | Sequence[str] = ("single", "multi_key", "multi_value"),
-    needles: int = 4,
-    lengths: int | Sequence[int] = LENGTHS,
-    depths: Sequence[float] = DEPTHS,
-    samples: int = 2,
-    seed: int = 0,
-) -> list[Row]:
-    """Needles in a haystack by RULER's definitions, each of `variants`: single, multi_key (one of `needles` names is asked for), multi_value (all
-    of a name's `needles` numbers). Seven digits. Chance 1 / needles for the latter two."""
-    several = [variants] if isinstance(variants, str) else list(variants)
-    known = ("single", "multi_key", "multi_value")
-    if wrong := [name for name in several if name not in known]:
-        raise UserError(f"niah.variants: got {', '.join(map(repr, wrong))}; known: {', '.join(known)}.")
-    whole("niah.needles", needles, least=2)
-    rows = []
-    for variant in several:
-        maker = partial(items.niah, variant=variant, needles=needles)
-        rows += ask(models, f"niah_{variant}", maker, tokenizer, answers, lengths, depths, samples, seed)
-    return rows
-
-
-def phonebook(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    lengths: int | Sequence[int] = LENGTHS,
-    depths: Sequence[float] = DEPTHS,
-    samples: int = 4,
-    seed: int = 0,
-) -> list[Row]:
-    """One number of a phone book (SEEDS H03). Chance 1 / names."""
-    return ask(models, "phonebook", items.phonebook, tokenizer, answers, lengths, depths, samples, seed)
-
-
-def mqar(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    queries: int = 4,
-    lengths: int | Sequence[int] = LENGTHS,
-    depths: Sequence[float] = DEPTHS,
-    samples: int = 4,
-    seed: int = 0,
-) -> list[Row]:
-    """Multi-query associative recall (SEEDS H05): pairs of words, then `queries` of the first words. Chance 1 / pairs. From 147 pairs on the
-    words are made up, which is harder to match."""
-    whole("mqar.queries", queries, least=1)
-    return ask(models, "mqar", partial(items.mqar, queries=queries), tokenizer, answers, lengths, depths, samples, seed)
-
-
-def induction(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    lengths: int | Sequence[int] = LENGTHS,
-    depths: Sequence[float] = DEPTHS,
-    samples: int = 4,
-    seed: int = 0,
-) -> list[Row]:
-    """What came after the last word when it stood here before: depth d of length n is a distance of (1 - d) n tokens. Chance 1 / words."""
-    return ask(models, "induction", items.induction, tokenizer, answers, lengths, depths, samples, seed)
-
-
-def copying(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    lengths: int | Sequence[int] = LENGTHS,
-    samples: int = 2,
-    seed: int = 0,
-) -> list[Row]:
-    """Made-up words, then the same again; half of each of `lengths` is the copy. Chance 1 / words."""
-    return ask(models, "copying", items.copying, tokenizer, answers, lengths, (0.0,), samples, seed)
-
-
-def selective_copying(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    marked: int = 8,
-    lengths: int | Sequence[int] = LENGTHS,
-    samples: int = 4,
-    seed: int = 0,
-) -> list[Row]:
-    """The `marked` words that stand in lines marked with yes. Chance 1 / lines."""
-    whole("selective_copying.marked", marked, least=1)
-    return ask(
-        models, "selective_copying", partial(items.selective_copying, marked=marked), tokenizer, answers, lengths, (0.0,), samples, seed
+    task.__name__, task.__doc__ = name, maker.__doc__
+    task.__signature__ = shared.replace(
+        parameters=[*parameters, *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own.values())]
     )
-
-
-def listops(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    shots: int = 4,
-    lengths: int | Sequence[int] = LENGTHS,
-    samples: int = 20,
-    seed: int = 0,
-) -> list[Row]:
-    """Nested MIN, MAX, MED, SM in Long Range Arena's notation (SEEDS H01), after `shots` short solved ones. Chance 1/10; small pretrained models
-    do not solve it, and then the rows say so."""
-    whole("listops.shots", shots, least=0)
-    return ask(models, "listops", partial(items.listops, shots=shots), tokenizer, answers, lengths, (0.0,), samples, seed)
-
-
-def variable_tracking(
-    models: Models,
-    tokens: Tensor,
-    *,
-    tokenizer: Any,
-    answers: Answers,
-    hops: int = 3,
-    chains: int = 2,
-    lengths: int | Sequence[int] = LENGTHS,
-    depths: Sequence[float] = (0.0, 0.5),
-    samples: int = 4,
-    seed: int = 0,
-) -> list[Row]:
-    """Which variables hold a value that was handed on `hops` times, beside `chains` - 1 other values (RULER). Chance 1 / variables."""
-    whole("variable_tracking.hops", hops, least=1)
-    whole("variable_tracking.chains", chains, least=1)
-    maker = partial(items.variable_tracking, hops=hops, chains=chains)
-    return ask(models, "variable_tracking", maker, tokenizer, answers, lengths, depths, samples, seed)
-
-
-# ---- the runner --------------------------------------------------------------------------------------------------------------------------
+    return task
 
 
 def ask(
-    models: Models,
     name: str,
     maker: Maker,
+    models: Models,
+    tokens: Tensor,
+    *,
     tokenizer: Any,
     answers: Answers,
-    lengths: int | Sequence[int],
-    depths: Sequence[float],
-    samples: int,
-    seed: int,
+    lengths: int | Sequence[int] = LENGTHS,
+    depths: float | Sequence[float] = DEPTHS,
+    samples: int = 4,
+    seed: int = 0,
 ) -> list[Row]:
     """Rows of one recall task: accuracy per length, accuracy_by_depth per length and depth where there are several depths."""
     sizes = wholes(f"{name}.lengths", lengths, least=16)
     whole(f"{name}.samples", samples, least=1)
     whole(f"{name}.seed", seed, least=0)
+    depths = [depths] if isinstance(depths, int | float) else list(depths)
     if not depths or not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in depths):
-        raise UserError(f"{name}.depths: expected numbers from 0 (start) to 1 (end), got {list(depths)!r}.")
+        raise UserError(f"{name}.depths: expected numbers from 0 (start) to 1 (end), got {depths!r}.")
     if not models:
         return []
     made = {size: [_fitted(maker, tokenizer, name, size, depth, f"{name} {size} {depth} {i} {seed}") for depth in depths for i in range(samples)]
@@ -262,3 +126,18 @@ def _request(tokenizer: Any, item: Item) -> Request:
     ids = tokenizer.encode(item.text)
     ends = [tuple(len(tokenizer.encode(item.text[:place])) for place in answer) for answer in item.answers]
     return Request(tuple(ids), tuple(ends))
+
+
+# ---- the tasks ---------------------------------------------------------------------------------------------------------------------------
+
+passkey = recall(items.passkey)
+niah_single = recall(items.niah_single, samples=2)
+niah_multi_key = recall(items.niah_multi_key, samples=2, needles=2)
+niah_multi_value = recall(items.niah_multi_value, samples=2, needles=2)
+phonebook = recall(items.phonebook)
+mqar = recall(items.mqar, queries=1)
+induction = recall(items.induction)
+copying = recall(items.copying, samples=2, depths=ANYWHERE)
+selective_copying = recall(items.selective_copying, depths=ANYWHERE, marked=1)
+listops = recall(items.listops, samples=20, depths=ANYWHERE, shots=0)
+variable_tracking = recall(items.variable_tracking, depths=(0.0, 0.5), hops=1, chains=1)
