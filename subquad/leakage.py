@@ -13,7 +13,7 @@ from subquad.distill.data import Document, load_documents
 from subquad.errors import UserError, raise_all
 from subquad.evals.local import find, stem, texts
 
-WORDS = 13
+WORDS, LEAST = 13, 8
 # Share of an evaluation set's 13-grams that may stand in the training text. Two novels of one library share its licence: 3.8 % of Frankenstein's
 # runs stand in Dracula's file. Python's help topics, which repeat each other's paragraphs, are at 8.9 % between the last tenth and the rest.
 ALLOWED = 0.05
@@ -21,12 +21,9 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def grams(text: str) -> list[int]:
-    """64-bit hashes of every run of 13 words; of the whole text, if it is shorter and has at least 8."""
-    words = _WORD.findall(text.lower())
-    size = WORDS if len(words) >= WORDS else len(words)
-    if size < 8:
-        return []
-    return [_hash(" ".join(words[at : at + size])) for at in range(len(words) - size + 1)]
+    """64-bit hashes of every run of 13 words; of the whole text, if it is shorter and has at least LEAST."""
+    words = _words(text)
+    return _runs(words, _size(words))
 
 
 def overlap(train: Iterable[str], sets: dict[str, Sequence[str]]) -> list[dict[str, Any]]:
@@ -36,12 +33,12 @@ def overlap(train: Iterable[str], sets: dict[str, Sequence[str]]) -> list[dict[s
     """
     of = {name: [grams(text) for text in items] for name, items in sets.items()}
     wanted = {gram for items in of.values() for item in items for gram in item}
-    lengths = {min(WORDS, len(_WORD.findall(text.lower()))) for items in sets.values() for text in items} & set(range(8, WORDS + 1))
+    sizes = {_size(_words(text)) for items in sets.values() for text in items}
     hits: set[int] = set()
     for text in train:
-        words = _WORD.findall(text.lower())
-        for size in lengths:
-            hits |= wanted.intersection(_hash(" ".join(words[at : at + size])) for at in range(len(words) - size + 1))
+        words = _words(text)
+        for size in sizes:
+            hits.update(wanted.intersection(_runs(words, size)))
     found = []
     for name, items in of.items():
         total = sum(map(len, items))
@@ -92,6 +89,20 @@ def sha256(parts: Sequence[str]) -> str:
     for part in parts:
         digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _size(words: list[str]) -> int:
+    """Words of a run: WORDS, or all of a shorter text."""
+    return min(WORDS, len(words))
+
+
+def _runs(words: list[str], size: int) -> list[int]:
+    """Hashes of every run of `size` words; none for sizes that chance would match."""
+    return [_hash(" ".join(words[at : at + size])) for at in range(len(words) - size + 1)] if size >= LEAST else []
 
 
 def _hash(text: str) -> int:

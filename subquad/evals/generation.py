@@ -17,7 +17,7 @@ from subquad.evals.local import Problem, limited, read
 from subquad.evals.logits import Logits
 from subquad.evals.models import Models, measuring
 from subquad.evals.paired import mean, paired_rows
-from subquad.evals.requests import generate
+from subquad.evals.requests import generate, write
 from subquad.evals.rows import Row
 from subquad.evals.text import blocks, whole
 
@@ -38,7 +38,7 @@ def generation(
     if not models:
         return []
     starts = [tuple(block.ids.tolist()) for block in cut]
-    written = {name: [_written(opener, ids, new_tokens) for ids in starts] for name, opener in models.items()}
+    written = {name: write(name, opener, starts, new_tokens, answers, whole=True) for name, opener in models.items()}
     setting = f"{prompts} x {new_tokens} tokens after {context}"
     reference, *others = list(models)
     rows = paired_rows("repetition", setting, {name: [repetition(ids) for ids in found] for name, found in written.items()}, answers)
@@ -105,16 +105,6 @@ def repetition(ids: Sequence[int]) -> float:
     """Share of 4-grams that have stood before: 0 for text that never repeats."""
     grams = [tuple(ids[at : at + GRAM]) for at in range(len(ids) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _written(opener, ids: Sequence[int], new_tokens: int) -> list[int]:
-    with measuring(opener) as model:
-        start = torch.tensor([ids], device=model.device)
-        out = model.generate(
-            input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
-            num_beams=1, pad_token_id=0,
-        )  # fmt: skip
-    return out[0, len(ids) :].tolist()
 
 
 def _same(ids: Sequence[int], other: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ from subquad.errors import UserError
 from subquad.evals.answers import Answers
 from subquad.evals.models import Models
 from subquad.evals.paired import difference, recovery
-from subquad.evals.requests import Request, encode_pair, generate, prefix_token, rolling_requests, score
+from subquad.evals.requests import BATCH_TOKENS, Request, encode_pair, generate, prefix_token, rolling_requests, score
 from subquad.evals.rows import Row, row
 
 NEEDED = "lm-evaluation-harness is not installed: pip install -c constraints.txt 'subquad[eval]'. Local files need it not: --tasks FILE."
@@ -24,8 +24,11 @@ def installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
-def harness_model(name: str, opener, tokenizer: Any, answers: Answers | None = None, longest: int | None = None):
+def harness_model(
+    name: str, opener, tokenizer: Any, answers: Answers | None = None, longest: int | None = None, batch_tokens: int = BATCH_TOKENS
+):
     """An lm_eval LM around an opener (models.py): pass it to lm_eval.simple_evaluate(model=...). longest: tokens of a window.
+    batch_tokens: of a padded batch; 1 asks one sequence at a time.
 
     Splits text into tokens as lm_eval's own `hf` model does with its defaults, so that the same model gives the same numbers.
     """
@@ -76,11 +79,11 @@ def harness_model(name: str, opener, tokenizer: Any, answers: Answers | None = N
             for _, before, after in requests:
                 ids = tuple([*before, *after][-(longest + 1) :])
                 asked.append(Request(ids, ((max(1, len(ids) - len(after)), len(ids)),)))
-            return [(spans[0].logprob, spans[0].greedy) for spans in score(name, opener, asked, answers)]
+            return [(spans[0].logprob, spans[0].greedy) for spans in score(name, opener, asked, answers, batch_tokens)]
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
             windows = [rolling_requests(self.tok_encode(request.args[0]), self.prefix_token_id, longest) for request in requests]
-            found = iter(score(name, opener, [window for part in windows for window in part], answers))
+            found = iter(score(name, opener, [window for part in windows for window in part], answers, batch_tokens))
             return [sum(next(found)[0].logprob for _ in part) for part in windows]
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

@@ -161,33 +161,49 @@ def generate(
     answers: Answers,
     batch: int = 8,
 ) -> list[str]:
-    """Greedy continuations as text, cut before the first of `stops`. Prompts are batched with padding on the left; each model runs with its own
-    cache (recurrent where it is)."""
+    """Greedy continuations as text, cut before the first of `stops`."""
+    found = write(name, opener, prompts, new_tokens, answers, tokenizer=tokenizer, stops=stops, batch=batch)
+    return [cut(tokenizer.decode(ids, skip_special_tokens=True), stops) for ids in found]
+
+
+def write(
+    name: str,
+    opener,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    answers: Answers,
+    *,
+    tokenizer: Any = None,
+    stops: Sequence[str] = (),
+    whole: bool = False,
+    batch: int = 8,
+) -> list[list[int]]:
+    """Greedy continuations as ids, until the end token, one of `stops` (needs the tokenizer) or `new_tokens`; whole: always `new_tokens`.
+
+    Prompts are batched with padding on the left; each model runs with its own cache (recurrent where it is)."""
     unique = sorted({tuple(prompt) for prompt in prompts}, key=lambda ids: (-len(ids), ids))
     with measuring(opener) as model:
         mark = answers.mark(model)
-        keys = {ids: key(name, mark, "generate", ids, new_tokens, list(stops)) for ids in unique}
+        keys = {ids: key(name, mark, "write", ids, new_tokens, list(stops), whole) for ids in unique}
+        more: dict[str, Any] = {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
+        more |= {"min_new_tokens": new_tokens} if whole else {}
         groups = [unique[at : at + batch] for at in range(0, len(unique), batch)]
         for group in _progress(groups, f"{name}: texts generated", len(unique), answers):
             if any(answers.get(keys[ids]) is None for ids in group):
-                found = _generate_batch(model, tokenizer, group, new_tokens, stops)
-                answers.put({keys[ids]: text for ids, text in zip(group, found, strict=True)})
+                found = _write_batch(model, group, max_new_tokens=new_tokens, **more)
+                answers.put({keys[ids]: new for ids, new in zip(group, found, strict=True)})
     return [answers.get(keys[tuple(prompt)]) for prompt in prompts]
 
 
-def _generate_batch(
-    model: PreTrainedModel, tokenizer: Any, prompts: list[tuple[int, ...]], new_tokens: int, stops: Sequence[str]
-) -> list[str]:
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+def _write_batch(model: PreTrainedModel, prompts: list[tuple[int, ...]], **how: Any) -> list[list[int]]:
+    """New ids of each prompt, without what fills up rows that ended early."""
+    width, ends = max(map(len, prompts)), model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    pad = ends[0] if ends else 0
     ids_BT = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    more = {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
-    out = model.generate(
-        input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, **more
-    )
-    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return [cut(text, stops) for text in texts]
+    out = model.generate(input_ids=ids_BT, attention_mask=mask_BT, do_sample=False, num_beams=1, pad_token_id=pad, **how)
+    return out[:, width:].tolist()
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

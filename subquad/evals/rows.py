@@ -126,6 +126,12 @@ def shown(row: Row) -> str:
     return "not finite" if row["value"] is None else METRICS[row["metric"]].text(row["value"])
 
 
+def with_error(row: Row) -> str:
+    """The value as text, and its standard error where it has one."""
+    error = row.get("stderr")
+    return shown(row) + (f" ± {METRICS[row['metric']].text(error)}" if error is not None else "")
+
+
 def arrange(rows: list[Row], models: list[str]) -> list[Row]:
     """Rows grouped by metric and setting in order of first appearance, models in the given order, ratios to the first of several models."""
     groups = list(dict.fromkeys((row["metric"], row["setting"]) for row in rows))

@@ -5,7 +5,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from subquad.evals.rows import METRICS, Row, shown
+from subquad.evals.rows import METRICS, Row, with_error
 
 
 def render(rows: list[Row], console: Console) -> None:
@@ -34,11 +34,10 @@ def build(rows: list[Row]) -> Table:
 
 
 def _cell(row: Row, is_reference: bool) -> str:
-    error = f" ± {METRICS[row['metric']].text(row['stderr'])}" if row.get("stderr") is not None else ""
     if is_reference or row["ratio"] is None or row.get("solvable") is False:
-        return f"{shown(row)}{error}" + (" not solved" if row.get("solvable") is False and is_reference else "")
+        return with_error(row) + (" not solved" if row.get("solvable") is False and is_reference else "")
     above = row.get("recovery_above_chance")
-    return f"{shown(row)}{error} " + (f"({row['ratio']:.3f}×)" if above is None else f"({100 * above:.0f} % of what is above chance)")
+    return f"{with_error(row)} " + (f"({row['ratio']:.3f}×)" if above is None else f"({100 * above:.0f} % of what is above chance)")
 
 
 def to_json(rows: list[Row]) -> str:

@@ -10,7 +10,6 @@ from subquad.folder import write_text
 from subquad.report.collect import Facts
 
 START, END = "<!-- results -->", "<!-- /results -->"
-DETAILS = {"accuracy_by_depth", "accuracy_by_paradigm", "perplexity_by_position"}
 
 
 def write_card(facts: Facts) -> None:
@@ -19,7 +18,7 @@ def write_card(facts: Facts) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing: save the student again.")
     card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
-    rows = [row for row in facts.rows if row["metric"] not in DETAILS and row["value"] is not None]
+    rows = [row for row in facts.overall if row["value"] is not None]
     own = [row for row in rows if row["model"] == "student"]
     if own:
         card.data.model_name = f"{str(facts.recipe.get('teacher', 'student')).rstrip('/').split('/')[-1]}-{facts.plan.mixer}"

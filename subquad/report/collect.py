@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from subquad.errors import UserError
+from subquad.evals.rows import METRICS
 from subquad.linearize.plan import Plan
 
 
@@ -31,6 +32,11 @@ class Facts:
         order = ("teacher", "window", "student")
         found = dict.fromkeys(row["model"] for row in self.rows)
         return [name for name in order if name in found] + [name for name in found if name not in order]
+
+    @property
+    def overall(self) -> list[dict[str, Any]]:
+        """Rows of the one table of results: all but those that are many for one task."""
+        return [row for row in self.rows if not METRICS[row["metric"]].detail and row["metric"] != "perplexity_by_position"]
 
     def of(self, *metrics: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["metric"] in metrics]

@@ -8,12 +8,11 @@ from typing import Any
 
 import jinja2
 
-from subquad.evals.rows import METRICS, shown
+from subquad.evals.rows import METRICS, shown, with_error
 from subquad.report import pictures
 from subquad.report.collect import Facts
 
 STANDARD = "subquad eval {run}/student --suite standard --benchmarks FOLDER --data TEXT --out {run}/evals"
-NOT_IN_TABLE = {"accuracy_by_depth", "accuracy_by_paradigm", "perplexity_by_position"}  # have pictures and tables of their own
 POINTS = 400  # of a curve in a picture; its table has 20
 
 
@@ -94,7 +93,7 @@ def converted(facts: Facts) -> Section:
 
 def recovery(facts: Facts) -> Section:
     section = Section("recovery", "Recovery")
-    rows = [row for row in facts.rows if row["metric"] not in NOT_IN_TABLE]
+    rows = facts.overall
     if not rows:
         section.missing = STANDARD.format(run=facts.run)
         return section
@@ -107,9 +106,7 @@ def recovery(facts: Facts) -> Section:
     section.tables.append(Table("All measurements", columns, [_measured(facts.models, group) for group in _groups(rows)], open=True))
     paradigms = facts.of("accuracy_by_paradigm")
     if paradigms:
-        section.tables.append(Table("BLiMP by paradigm", ["paradigm", *facts.models], [
-            [group[0]["setting"], *(_cell(_of(group, model)) for model in facts.models)] for group in _groups(paradigms)
-        ]))  # fmt: skip
+        section.tables.append(_by_model("BLiMP by paradigm", "paradigm", facts.models, paradigms))
     return section
 
 
@@ -159,13 +156,7 @@ def positions(facts: Facts) -> Section:
     section.pictures.append(
         pictures.lines("Perplexity by position in the text", _said(series), series, "position (start of range)", "perplexity", log_x=True)
     )
-    section.tables.append(
-        Table(
-            "Perplexity by position",
-            ["positions", *models],
-            [[group[0]["setting"], *(_cell(_of(group, m)) for m in models)] for group in _groups(rows)],
-        )
-    )
+    section.tables.append(_by_model("Perplexity by position", "positions", models, rows))
     return section
 
 
@@ -183,14 +174,7 @@ def speed(facts: Facts) -> Section:
                 pictures.lines(f"{title} by context", _said(series), series, "tokens of context", unit, log_x=True, log_y=True)
             )
         if rows:
-            section.tables.append(
-                Table(
-                    title,
-                    ["setting", *facts.models],
-                    [[g[0]["setting"], *(_cell(_of(g, m)) for m in facts.models)] for g in _groups(rows)],
-                    open=not series,
-                )
-            )
+            section.tables.append(_by_model(title, "setting", facts.models, rows, open=not series))
     for row in facts.of("crossover_tokens"):
         section.text.append(
             f"{row['model']}: decodes faster than the teacher from about {row['value']:,.0f} tokens of context on ({row['setting']})."
@@ -350,10 +334,14 @@ def _at(rows: list[dict[str, Any]], model: str, length: int, depth: float) -> di
 
 
 def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    error = row.get("stderr")
-    return shown(row) + (f" ± {METRICS[row['metric']].text(error)}" if error is not None else "")
+    return "" if row is None else with_error(row)
+
+
+def _by_model(title: str, what: str, models: list[str], rows: list[dict[str, Any]], open: bool = False) -> Table:
+    """A line for each setting, a column for each model."""
+    return Table(
+        title, [what, *models], [[group[0]["setting"], *(_cell(_of(group, model)) for model in models)] for group in _groups(rows)], open
+    )
 
 
 def _measured(models: list[str], group: list[dict[str, Any]]) -> list[str]:

@@ -167,7 +167,7 @@ def test_files_are_found_and_told_apart(file, tmp_path):
     assert with_files(chosen, tmp_path) == {"choice": {"files": [str(file)], "limit": 2}, "passkey": {}}
     with pytest.raises(UserError, match=r"no file 'quizz'\. Did you mean 'quiz'"):
         with_files({"choice": {"files": ["quizz"]}}, tmp_path)
-    with pytest.raises(UserError, match="choice.files: no file 'quizz'"):
+    with pytest.raises(UserError, match=r"choice\.files: no file 'quizz'"):
         local.find("choice", ["quizz"])
     with pytest.raises(UserError, match="0 leaves no items"):
         local.limited("choice", [1], 0)

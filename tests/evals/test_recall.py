@@ -151,7 +151,7 @@ def test_settings_are_the_shared_ones_and_the_makers_own():
     shared = {"lengths", "samples", "seed"}
     assert set(task_settings("mqar")) == {*shared, "depths", "queries"}
     assert set(task_settings("copying")) == shared and set(task_settings("listops")) == {*shared, "shots"}
-    with pytest.raises(UserError, match="mqar.queries: expected a whole number of at least 1, got 0"):
+    with pytest.raises(UserError, match=r"mqar\.queries: expected a whole number of at least 1, got 0"):
         tasks.mqar({}, TOKENS, tokenizer=None, answers=Answers(), queries=0)
 
 
