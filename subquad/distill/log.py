@@ -11,6 +11,7 @@ from typing import Any
 
 from subquad.errors import UserError
 
+LAYER = "layer "  # with its index: the key of one layer's loss in a layer-local stage
 TIME_KEYS = ("time", "tokens_per_second")
 
 

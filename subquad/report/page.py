@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from subquad.distill.log import LAYER
 from subquad.evals.rows import METRICS, shown, with_error
 from subquad.report import pictures
 from subquad.report.collect import Facts
@@ -247,20 +248,27 @@ def training(facts: Facts) -> Section:
         return section
     for stage, rows in facts.log.items():
         thin = rows[:: max(1, len(rows) // POINTS)]
-        names = [name for name in rows[0] if name == "loss" or (name not in _NOT_LOSSES and isinstance(rows[0][name], float))]
-        series = {
-            name: ([row["tokens"] for row in thin], [row[name] for row in thin]) for name in names if all(name in row for row in thin)
-        }
-        section.pictures.append(pictures.lines(f"Loss of stage {stage}", _said(series), series, "tokens", f"loss ({stage})"))
-        few = rows[:: max(1, len(rows) // 20)]
-        section.tables.append(
-            Table(
-                f"Stage {stage}",
-                ["step", "tokens", *series],
-                [[str(r["step"]), f"{r['tokens']:,}", *(f"{r[n]:.4g}" for n in series)] for r in few],
-            )
-        )
+        names = [
+            name for name in rows[0] if name not in _NOT_LOSSES and isinstance(rows[0][name], float) and all(name in row for row in thin)
+        ]
+        layers = [name for name in names if name.startswith(LAYER)]
+        curves = {name: ([row["tokens"] for row in thin], [row[name] for row in thin]) for name in names}
+        whole = {name: curve for name, curve in curves.items() if name not in layers}
+        section.pictures.append(pictures.lines(f"Loss of stage {stage}", _said(whole), whole, "tokens", f"loss ({stage})"))
+        section.tables.append(_steps(f"Stage {stage}", rows, list(whole)))
+        if layers:
+            of = {int(name.removeprefix(LAYER)): curves[name] for name in layers}
+            said = f"Loss of each of {len(of)} layers against tokens; the table has the numbers."
+            section.pictures.append(pictures.fan(f"Loss of stage {stage} by layer", said, of, "tokens", f"loss ({stage})", "layer"))
+            section.tables.append(_steps(f"Stage {stage} by layer", rows, layers))
     return section
+
+
+def _steps(title: str, rows: list[dict[str, Any]], names: list[str]) -> Table:
+    """About twenty rows of the log, the last one among them."""
+    few = rows[:: max(1, len(rows) // 20)]
+    few = few if few[-1] is rows[-1] else [*few, rows[-1]]
+    return Table(title, ["step", "tokens", *names], [[str(r["step"]), f"{r['tokens']:,}", *(f"{r[n]:.4g}" for n in names)] for r in few])
 
 
 _NOT_LOSSES = {"lr", "grad_norm", "tokens_per_second", "time", "step", "steps", "tokens", "open"}

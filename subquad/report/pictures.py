@@ -90,6 +90,21 @@ def lines(
     return svg(figure, title, description)
 
 
+def fan(title: str, description: str, curves: dict[int, tuple[Sequence[float], Sequence[float]]], x: str, y: str, what: str) -> str:
+    """A thin curve per number, dark to light in their order; the legend has five of them. (A colour bar would be a bitmap.)"""
+    pyplot = plots()
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.4))
+    shades = pyplot.cm.ScalarMappable(pyplot.Normalize(min(curves), max(curves)), "cividis")
+    named = sorted(curves)[:: max(1, len(curves) // 4)]
+    for number, (xs, ys) in curves.items():
+        axes.plot(xs, ys, color=shades.to_rgba(number), linewidth=0.8, label=f"{what} {number}" if number in named else None)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_yscale("log")
+    axes.legend()
+    return svg(figure, title, description)
+
+
 def heads(title: str, description: str, layers: Sequence[tuple[int, Sequence[str]]]) -> str:
     """The strip of layers x key/value heads, coloured by kind; layers: (index, kind of every head). Exact heads carry a dot."""
     pyplot = plots()

@@ -90,7 +90,11 @@ def test_transfer_is_layer_local_and_goes_backward_per_layer():
 
     values = transfer_objective(model, transfer, {"attention_output": 2.0})(IDS, backward)
     assert calls == [1, 2]  # one layer's graph at a time
-    assert values == pytest.approx({"loss": 0.5, "attention_output": 0.25})  # factors of 0.5 leave a quarter of the square
+    # factors of 0.5 leave a quarter of the square
+    assert values == pytest.approx({"loss": 0.5, "attention_output": 0.25, "layer 0": 0.5, "layer 1": 0.5})
+    mixers(model)[max(mixers(model))].data.fill_(1.0)  # this layer is exact now, and the log says which
+    values = transfer_objective(model, transfer, {"attention_output": 2.0})(IDS, lambda loss: None)
+    assert values == pytest.approx({"loss": 0.25, "attention_output": 0.125, "layer 0": 0.5, "layer 1": 0.0})
     assert model.on_layer is None and {name for name, p in model.named_parameters() if p.grad is not None} == set(mixers(model))
 
 

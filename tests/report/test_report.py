@@ -89,7 +89,11 @@ def run(tmp_path_factory):
     (folder / "plan.json").write_text(json.dumps(student.subquad_plan.to_dict()))
     (folder / "recipe.yaml").write_text("teacher: owner/tiny\nabout: A <test> & more\n")
     (folder / "selection.json").write_text(json.dumps({"0": [0.1, 0.2], "1": [0.9, 0.1], "2": [0.3, 0.2]}))
-    log = [{"stage": "heal", "step": i, "steps": 3, "tokens": 64 * i, "loss": 1 / i, "kl": 1 / i, "lr": 0.1} for i in (1, 2, 3)]
+    log = [
+        {"stage": "transfer", "step": i, "steps": 3, "tokens": 32 * i, "loss": 2 / i, "layer 0": 3 / i, "layer 2": 1 / i, "lr": 0.1}
+        for i in (1, 2, 3)
+    ]
+    log += [{"stage": "heal", "step": i, "steps": 3, "tokens": 64 * i, "loss": 1 / i, "kl": 1 / i, "lr": 0.1} for i in (1, 2, 3)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log) + '{"torn')
     (folder / "results.json").write_text(json.dumps(rows()))
     (folder / "evals" / "results.json").write_text(json.dumps(rows()[:3]))
@@ -111,6 +115,8 @@ def test_every_section_shows_its_numbers(html):
         "passkey, student",
         "3.00%",
         "sinks off",
+        "Loss of each of 2 layers",
+        '<th scope="col">layer 2</th>',
         "teacher not above chance",
         "300 tokens of context",
         "0.900",
