@@ -99,7 +99,7 @@ DAMAGE = {  # what -> (damage, words)
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-    "no tokenizer": (no_tokenizer, "tokenizer"),
+    "no tokenizer": (no_tokenizer, "holds no tokenizer. Save one beside the model"),
     "tokenizer no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "Could not open"),
 }
 

