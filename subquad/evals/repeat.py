@@ -11,8 +11,8 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.evals.logits import token_nll
 from subquad.evals.models import Models, measuring
-from subquad.evals.perplexity import exp_mean
-from subquad.evals.rows import Row, row
+from subquad.evals.perplexity import perplexity_rows
+from subquad.evals.rows import Row
 from subquad.evals.text import whole, wholes
 
 
@@ -29,13 +29,12 @@ def repeat(models: Models, tokens: Tensor, *, length: int | Sequence[int] = 512,
     if longest > len(tokens):
         raise UserError(f"repeat needs {longest} tokens of text for one passage; the text has {len(tokens)}. Lower repeat.length.")
     passages = {size: _passages(tokens, size, samples, seed) for size in lengths}
-    rows = []
+    nll: dict[int, dict[str, list[Tensor]]] = {size: {} for size in lengths}
     for name, opener in models.items():
         with measuring(opener) as model:
             for size in lengths:
-                nll = torch.cat([token_nll(model, torch.cat([passage, passage]), first=size + 1) for passage in passages[size]])
-                rows.append(row(name, "repeat_perplexity", _setting(size, samples, seed), exp_mean(nll)))
-    return rows
+                nll[size][name] = [token_nll(model, torch.cat([passage, passage]), first=size + 1) for passage in passages[size]]
+    return [one for size in lengths for one in perplexity_rows("repeat_perplexity", _setting(size, samples, seed), nll[size])]
 
 
 def _passages(tokens: Tensor, length: int, samples: int, seed: int) -> list[Tensor]:

@@ -22,6 +22,7 @@ class Core(TypedDict):
 class Row(Core, total=False):
     """One number, with what only some tasks can say. stderr: standard error of value. n: items. chance: the value of a guess.
 
+    ratio_stderr: of the ratio, paired over the same passages.
     difference, difference_stderr: value minus the reference's, paired over the same items. recovery: value / reference as a share (raw), and
     recovery_above_chance: (value - chance) / (reference - chance), None where the reference is not above chance by two standard errors, because
     then nothing can be recovered; solvable says which. task, length, depth: numbers of `setting` for programs. steps, state_bytes: of a model
@@ -33,6 +34,7 @@ class Row(Core, total=False):
     of: int
     stderr: float | None
     chance: float
+    ratio_stderr: float | None
     difference: float
     difference_stderr: float | None
     recovery: float | None

@@ -36,8 +36,10 @@ def build(rows: list[Row]) -> Table:
 def _cell(row: Row, is_reference: bool) -> str:
     if is_reference or row["ratio"] is None or row.get("solvable") is False:
         return with_error(row) + (" not solved" if row.get("solvable") is False and is_reference else "")
-    above = row.get("recovery_above_chance")
-    return f"{with_error(row)} " + (f"({row['ratio']:.3f}×)" if above is None else f"({100 * above:.0f} % of what is above chance)")
+    above, error = row.get("recovery_above_chance"), row.get("ratio_stderr")
+    if above is not None:
+        return f"{with_error(row)} ({100 * above:.0f} % of what is above chance)"
+    return f"{with_error(row)} ({row['ratio']:.3f}×" + (f" ± {error:.3f})" if error is not None else ")")
 
 
 def to_json(rows: list[Row]) -> str:

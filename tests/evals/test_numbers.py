@@ -1,6 +1,7 @@
 """Perplexity, by position, repeat and agreement against their plain definitions: full logits, log_softmax, fp64."""
 
 import math
+import statistics
 
 import helpers
 import pytest
@@ -44,6 +45,21 @@ def test_perplexity(tiny_llama, tokens, context, windows):
     plain = [value for i in range(windows) for value in nll(tiny_llama, tokens[i * context : (i + 1) * context])]
     assert row["value"] == pytest.approx(perplexity_of(plain), rel=RTOL)
     assert row["setting"] == f"{windows} x {context} tokens"
+
+
+def test_standard_errors_are_over_passages(tiny_llama, tokens):
+    """Of the perplexity, and of the ratio on the same passages; equal passages have none."""
+    other = helpers.tiny_model(seed=5)
+    by_block = {model: [perplexity_of(nll(model, tokens[i * 20 : (i + 1) * 20])) for i in range(4)] for model in (tiny_llama, other)}
+    logs = {model: [math.log(value) for value in values] for model, values in by_block.items()}
+    first, second = perplexity(loaded(teacher=tiny_llama, student=other), tokens, context=20, windows=4)
+    assert first["n"] == 4 and "ratio_stderr" not in first
+    assert first["stderr"] == pytest.approx(first["value"] * statistics.stdev(logs[tiny_llama]) / 2, rel=1e-4)
+    gaps = [a - b for a, b in zip(logs[other], logs[tiny_llama], strict=True)]
+    assert second["ratio_stderr"] == pytest.approx(second["value"] / first["value"] * statistics.stdev(gaps) / 2, rel=1e-4)
+    same = torch.cat([tokens[:20]] * 3)
+    assert perplexity(loaded(teacher=tiny_llama), same, context=20, windows=3)[0]["stderr"] == pytest.approx(0, abs=1e-4)
+    assert perplexity(loaded(teacher=tiny_llama), same, context=20, windows=1)[0]["stderr"] is None
 
 
 def test_all_windows_that_fit(tiny_llama, tokens):
