@@ -11,8 +11,7 @@ from torch import Tensor
 
 from subquad.kernels.additive import additive_chunk
 from subquad.linearize.mixers.base import AttentionCall
-from subquad.linearize.mixers.key_weights import NOTHING, TINY
-from subquad.linearize.mixers.memory import has_total
+from subquad.linearize.mixers.key_weights import NOTHING
 from subquad.linearize.mixers.normalisers import EPS, Sums
 from subquad.linearize.mixers.stream import positions, real, seen
 
@@ -21,7 +20,7 @@ def whole_sequence(cell, call: AttentionCall) -> Tensor:
     """o [B, T, G, R, V] fp32 of a cell whose combine is `alone`."""
     position, on = positions(call, seen(call)), real(call)
     q, k = cell.map_q(cell.queries(call), position), cell.map_k(cell.keys(call), position)
-    exponential = cell.map_row.exponential
+    rows, exponential = cell.rows, cell.rows.feature_map.exponential
     if "q" in exponential:
         q = (q - q.amax(-1, keepdim=True).detach()).exp()
     if "k" in exponential:
@@ -29,24 +28,23 @@ def whole_sequence(cell, call: AttentionCall) -> Tensor:
         k = (k - k.amax((1, 3), keepdim=True).detach()).exp()
     mask = on[..., None, None].float()
     k, n = k * mask, on.sum(1).clamp_min(1).float()
-    v = call.v_BTGV.float() * mask
-    allocation = None
-    if cell.pieces["key_weight"] == "competition":
-        k = k * _competition(q, cell.keys(call).float(), on, n)
+    v, weighed = call.v_BTGV.float() * mask, {}
     value = v
-    if cell.pieces["key_weight"] == "flow":
-        allocation, weight = _flow(q, k, on, n)
-        value = v * weight
-    if has_total(cell.pieces):
+    if rows.key_weight.rule is not None:
+        weighed = rows.key_weight.rule.of_all(q, k, cell.keys(call).float(), on.float())
+        if rows.key_weight.on == "key":
+            k = k * weighed["weight"]
+        else:
+            value = v * weighed["weight"]
+    if cell.has_total:
         value = torch.cat([value, torch.ones_like(v[..., :1])], -1)
-    if cell.pieces["normaliser"] == "feature":
+    if rows.normaliser.per_feature:
         q = q / k.sum(1).clamp_min(torch.finfo(torch.float32).tiny)[:, None, :, None]
     y = _scans(q, k, value, cell.decay(call.hidden_BTD) * mask[..., 0]) if cell.decay is not None else _total(q, k, value)
     V = v.shape[-1]
     u = v.sum(1)[:, None].expand_as(v)
-    sums = Sums(
-        y[..., :V], y[..., V] if y.shape[-1] > V else None, u, n[:, None].expand(on.shape), allocation, 1e-30 if exponential else EPS
-    )  # fmt: skip
+    total, eps = y[..., V] if cell.has_total else None, 1e-30 if exponential else EPS
+    sums = Sums(y[..., :V], total, u, n[:, None].expand(on.shape), weighed.get("allocation"), eps)
     out = cell.normalise(sums)
     return out if cell.output is None else cell.output(out, call.hidden_BTD)
 
@@ -66,23 +64,3 @@ def _scans(q: Tensor, k: Tensor, v: Tensor, log_BTG: Tensor) -> Tensor:
 def _late(log_BTG: Tensor) -> Tensor:
     """Decays one step later: what a token writes fades by its own decay first."""
     return torch.cat([torch.zeros_like(log_BTG[:, :1]), log_BTG[:, :-1]], 1)
-
-
-def _competition(q: Tensor, k_raw: Tensor, on: Tensor, n: Tensor) -> Tensor:
-    """RALA: alpha_j = n softmax_j(mean phi(q) . k_j / sqrt(K)), [B, T, G, 1]."""
-    mean = (q.mean(3) * on[..., None, None]).sum(1) / n[:, None, None]
-    logit = torch.einsum("bgk,btgk->btg", mean, k_raw) / k_raw.shape[-1] ** 0.5
-    return (logit.masked_fill(~on[..., None], NOTHING).softmax(1) * n[:, None, None]).unsqueeze(-1)
-
-
-def _flow(q: Tensor, k: Tensor, on: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Flow-Attention: (I^ [B, T, G, R], c [B, T, G, 1]), sums over all tokens, in mean form as the causal one."""
-    mask, n3 = on[..., None, None].float(), n[:, None, None]
-    q_mean, k_mean = (q.mean(3) * mask).sum(1) / n3, k.sum(1) / n3
-    incoming = torch.einsum("btgrf,bgf->btgr", q, k_mean).clamp_min(TINY)
-    outgoing = torch.einsum("btgf,bgf->btg", k, q_mean).clamp_min(TINY)
-    allocation = torch.einsum("btgrf,bgf->btgr", q, (k / outgoing.unsqueeze(-1)).sum(1) / n3)
-    flow = ((q / incoming.unsqueeze(-1)).mean(3) * mask).sum(1) / n3
-    competing = torch.einsum("btgf,bgf->btg", k, flow).clamp(-1, 1)
-    weight = competing.masked_fill(~on[..., None], NOTHING).softmax(1) * n3
-    return allocation, weight.unsqueeze(-1)

@@ -10,31 +10,97 @@
 As long as no token has left the window, the output is the window's. Key: B batch, T tokens, G key/value heads, R query heads per key/value head.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
+from subquad.linearize.mixers.base import AttentionCall, HeadShape
+from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.local import Local
 
 TINY = torch.finfo(torch.float32).tiny
+START = 0.1  # share of the joint normaliser that `calibrate` gives the linear branch before any training
+
+# --- parameters of a combination: name in the cell -> what is built as (shape, mass) ----------------------------------------------------------
+
+
+def token_gate(shape: HeadShape, mass: float) -> nn.Module:
+    """A number per token and query head from the layer input; `mass` at the start."""
+    return InputGate(shape.hidden, (shape.kv_heads, shape.groups), mass)
+
+
+def head_factor(shape: HeadShape, mass: float) -> nn.Parameter:
+    """A number per query head; sigmoid of it is a tenth at the start, as published."""
+    return nn.Parameter(torch.full((shape.kv_heads, shape.groups), -2.197))
+
+
+COMBINE_GATES = {"mix": token_gate, "factor": head_factor}
+
+# --- log weight of the linear branch under a joint normaliser: (cell, call, local, Z [B, T, G, R], log scale taken out of Z) -> [B, T, G, R] ----
+
+
+def gate_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> Tensor:
+    if call.calibrating:
+        calibrate(cell.mix, local, total_BTGR, log_scale)
+    return cell.mix(call.hidden_BTD)
+
+
+def top_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> Tensor:
+    return local.top - nn.functional.logsigmoid(cell.factor.float())
+
+
+def own_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> Tensor:
+    """The branch has logits of its own: nothing is added to them."""
+    return torch.zeros_like(total_BTGR)
+
+
+@torch.no_grad()
+def calibrate(mix: InputGate, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> None:
+    """Set each query head's log weight so that the linear branch holds the share START of the normaliser, in the geometric mean over tokens.
+
+    The window's log sum is 4 to 8 nats, differs by head, and an untrained map's sums lie far below it: from one constant for all heads the
+    linear branch gets next to no gradient where it is needed most. A gate that has been trained (weight not zero) is left alone.
+    """
+    seen_BT = local.left_BT
+    if bool(mix.weight.any()) or not bool(seen_BT.any()):
+        return
+    ratio_BTGR = local.top + local.denominator.clamp_min(TINY).log() - total_BTGR.clamp_min(TINY).log() - log_scale
+    mean_GR = ratio_BTGR[seen_BT.expand(ratio_BTGR.shape[:2])].mean(0)
+    mix.bias.copy_((mean_GR + math.log(START / (1 - START))).flatten())
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------------------------
+
+
+def added(window: Tensor, linear: Tensor, share: Tensor) -> Tensor:
+    return window + share * linear
 
 
 @dataclass(frozen=True)
 class CombineRow:
     about: str
     source: str
-    joint: bool = False  # needs a sum of positive weights on the linear side
-    gate: str = ""  # token: a gate of the layer input; head: a number per query head
+    gate: str = ""  # a row of COMBINE_GATES
+    share: Callable[..., Tensor] | None = None  # one normaliser for both: the branch's log weight under it
+    mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (window, linear, sigmoid of the gate) of two outputs
     window: bool = True
+
+    @property
+    def joint(self) -> bool:
+        """Needs a sum of positive weights on the linear side."""
+        return self.share is not None
 
 
 COMBINES = {
-    "joint": CombineRow("one normaliser, share from the layer input", "SEEDS 0.2, C02, G02", joint=True, gate="token"),
-    "joint_top": CombineRow("one normaliser, the window's maximum on its own side only", "SEEDS 0.2, G02", joint=True, gate="head"),
-    "logits": CombineRow("one softmax over the window's and the branch's logits", "SEEDS C03, A19", joint=True),
-    "gated": CombineRow("(1 - g) window + g linear", "SEEDS B15, D07", gate="token"),
-    "added": CombineRow("window + s linear", "SEEDS C01", gate="token"),
+    "joint": CombineRow("one normaliser, share from the layer input", "SEEDS 0.2, C02, G02", "mix", share=gate_share),
+    "joint_top": CombineRow("one normaliser, the window's maximum on its own side only", "SEEDS 0.2, G02", "factor", share=top_share),
+    "logits": CombineRow("one softmax over the window's and the branch's logits", "SEEDS C03, A19", share=own_share),
+    "gated": CombineRow("(1 - g) window + g linear", "SEEDS B15, D07", "mix", mix=torch.lerp),
+    "added": CombineRow("window + s linear", "SEEDS C01", "mix", mix=added),
     "alone": CombineRow("linear only", "SEEDS 3.1", window=False),
 }
 

@@ -30,6 +30,11 @@ class DecayRow:
     clock: str = "now"
     reads: str = "hidden"
 
+    @property
+    def kept(self) -> bool:
+        """Its numbers stay with a token until it is written."""
+        return self.module is not None and self.clock == "own" and self.reads == "hidden"
+
 
 class Gate(InputGate):
     """log sigmoid(W x + b) / 16, one number per key/value head. b = 4: a half-life of about 600 tokens at the start."""

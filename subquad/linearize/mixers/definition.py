@@ -34,21 +34,21 @@ def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
         return window_attention(mixer, call)[0]
     if not isinstance(mixer, Cell):
         return full_definition(mixer, call)
-    T, alone = call.q_BTGRK.shape[1], mixer.combine == "alone"
+    T, alone = call.q_BTGRK.shape[1], mixer.pieces["combine"] == "alone"
     t, j = torch.arange(T)[:, None], torch.arange(T)[None]
     older = (j <= t) if alone else (j <= t - mixer.window) & (j >= mixer.sinks)
     some = older.any(1)[None, :, None, None]
     if not alone:
         window, weights, extra = window_attention(mixer, call)
-    if mixer.combine_row.joint:
-        if mixer.slotted:
+    if mixer.rows.combine.joint:
+        if mixer.rows.container.slots:
             similar, total = slot_weights(mixer, call, older)
             extra = extra + total - similar.sum(-1, keepdim=True)
         else:
             similar = weights_of(mixer, call, older)
-        if mixer.combine == "joint":
+        if mixer.pieces["combine"] == "joint":
             similar = similar * mixer.mix(call.hidden_BTD).exp().permute(0, 2, 3, 1)[..., None]
-        if mixer.combine == "joint_top":  # the maximum counts as a constant
+        if mixer.pieces["combine"] == "joint_top":  # the maximum counts as a constant
             top = (scores_of(call).masked_fill(~near(mixer, T), float("-inf"))).amax(-1, keepdim=True).detach()
             if call.sink_logit_GR is not None:
                 top = torch.maximum(top, call.sink_logit_GR[None, :, :, None, None])
@@ -59,20 +59,20 @@ def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
     if alone:
         return linear
     share = (torch.sigmoid(mixer.mix(call.hidden_BTD)) * some)[..., None]
-    return window + share * linear if mixer.combine == "added" else (1 - share) * window + share * linear
+    return window + share * linear if mixer.pieces["combine"] == "added" else (1 - share) * window + share * linear
 
 
 def linear_branch(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
-    if mixer.slotted:
+    if mixer.rows.container.slots:
         weights, total = slot_weights(mixer, call, older)
         linear = _apply(weights / total.clamp_min(1e-30), call.v_BTGV)
-    elif mixer.beta is not None or mixer.write == "selective":
+    elif mixer.pieces["write"] in ("delta", "momentum", "selective"):
         linear = _delta(mixer, call)
     else:
         linear = _normalised(mixer, call, weights_of(mixer, call, older), older)
     if mixer.output is not None:
         linear = mixer.output(linear, call.hidden_BTD)
-    return linear * mixer.read_scale[..., None] if hasattr(mixer, "read_scale") else linear
+    return linear if mixer.read_scale is None else linear * mixer.read_scale[..., None]
 
 
 def near(mixer: Mixer, T: int) -> Tensor:
@@ -99,13 +99,13 @@ def _apply(weights_BGRTJ: Tensor, v_BTGV: Tensor) -> Tensor:
 def _features(mixer: Cell, call: AttentionCall) -> tuple[Tensor, Tensor]:
     position = torch.arange(call.q_BTGRK.shape[1])[None].expand(call.q_BTGRK.shape[0], -1)
     q, k = mixer.map_q(mixer.queries(call), position), mixer.map_k(mixer.keys(call), position)
-    q = q.exp() if "q" in mixer.map_row.exponential else q
-    k = k.exp() if "k" in mixer.map_row.exponential else k
-    if mixer.write == "convex":
+    q = q.exp() if "q" in mixer.rows.feature_map.exponential else q
+    k = k.exp() if "k" in mixer.rows.feature_map.exponential else k
+    if mixer.pieces["write"] == "convex":
         k = 1 - mixer.decay(call.k_BTGK).exp()
-    if mixer.write == "step":
+    if mixer.pieces["write"] == "step":
         k = k * mixer.decay.step(call.hidden_BTD)[..., None]
-    if mixer.write == "dual":
+    if mixer.pieces["write"] == "dual":
         g, tau = mixer.decay.parts(call.hidden_BTD)
         k = k * g**tau
     return q, k
@@ -116,10 +116,10 @@ def _fade(mixer: Cell, call: AttentionCall) -> Tensor:
     T = call.q_BTGRK.shape[1]
     if mixer.decay is None:
         return torch.ones(1, T, T, 1, 1)
-    lag = 0 if mixer.combine == "alone" else mixer.window
-    a = mixer.decay(call.k_BTGK if mixer.decay_row.reads == "key" else call.hidden_BTD)
-    a = a if mixer.decay_row.vector else a[..., None]
-    if mixer.decay_row.clock == "own" and lag:  # the gate of the token that is written: sinks never are
+    lag = 0 if mixer.pieces["combine"] == "alone" else mixer.window
+    a = mixer.decay(call.k_BTGK if mixer.rows.decay.reads == "key" else call.hidden_BTD)
+    a = a if mixer.rows.decay.vector else a[..., None]
+    if mixer.rows.decay.clock == "own" and lag:  # the gate of the token that is written: sinks never are
         a = a.clone()
         a[:, : mixer.sinks] = 0
         a = torch.cat([torch.zeros_like(a[:, :1]).expand(-1, min(lag, T), -1, -1), a], 1)[:, :T]
@@ -134,21 +134,21 @@ def weights_of(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
     fade = _fade(mixer, call)
     if mixer.pieces["normaliser"] == "feature":
         return torch.einsum("btgrf,btjgf->bgrtj", q, _shares(k, older))
-    if mixer.position_row.phases:
+    if mixer.rows.position.phases:
         one = torch.ones(call.q_BTGRK.shape[:2])
         phase = mixer.phases(call.hidden_BTD, one, torch.zeros(1, 1, 1))
         apart = phase[:, :, None] - phase[:, None]  # [B, T, J, G, P]
-        if mixer.position_row.doubles:
+        if mixer.rows.position.doubles:
             fade = fade * apart.cos()
         else:
             q, k = _turn(q, phase.unsqueeze(3)), _turn(k, phase)
     w = torch.einsum("btgrf,bjgf,btjgf->bgrtj", q, k, fade.expand(q.shape[0], -1, -1, k.shape[2], k.shape[-1]))
-    if mixer.routes is not None:
+    if mixer.pieces["container"] == "partitions":
         route = mixer.routes(call.hidden_BTD)
         w = w * torch.einsum("btgp,bjgp->bgtj", route, route).unsqueeze(2)
-    if mixer.levels is not None:
-        lag = 0 if mixer.combine == "alone" else mixer.window
-        first = 0 if mixer.combine == "alone" else mixer.sinks
+    if mixer.pieces["container"] == "levels":
+        lag = 0 if mixer.pieces["combine"] == "alone" else mixer.window
+        first = 0 if mixer.pieces["combine"] == "alone" else mixer.sinks
         weight = mixer.levels(call.hidden_BTD)  # [B, T, G, R, L]; written tokens are counted from 0
         level = level_of(w.shape[-1])
         for t in range(lag + first, w.shape[-1]):
@@ -176,7 +176,7 @@ def _normalised(mixer: Cell, call: AttentionCall, w: Tensor, older: Tensor) -> T
     """The published weights, pair by pair, times v."""
     name, total = mixer.pieces["normaliser"], w.sum(-1, keepdim=True)
     n = older.sum(1).clamp_min(1).to(w.dtype)[:, None]
-    floor = 1e-30 if mixer.map_row.exponential else 1e-6
+    floor = 1e-30 if mixer.rows.feature_map.exponential else 1e-6
     if name == "sum":
         w = w / total.clamp_min(floor)
     elif name == "clamped":
@@ -219,19 +219,19 @@ def _flow(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 def _delta(mixer: Cell, call: AttentionCall) -> Tensor:
     q, k = _features(mixer, call)
-    lag, first = (0, 0) if mixer.combine == "alone" else (mixer.window, mixer.sinks)
-    if mixer.write == "selective":
+    lag, first = (0, 0) if mixer.pieces["combine"] == "alone" else (mixer.window, mixer.sinks)
+    if mixer.pieces["write"] == "selective":
         return _selective(mixer, call, q, k, lag, first)
     beta = torch.sigmoid(mixer.beta(call.hidden_BTD)).squeeze(-1)
     a = torch.zeros_like(beta) if mixer.decay is None else mixer.decay(call.hidden_BTD)
     B, T, G, R, feat = q.shape
     state = q.new_zeros(B, G, feat, call.v_BTGV.shape[-1])
-    if mixer.write == "momentum":
+    if mixer.pieces["write"] == "momentum":
         return _momentum(mixer, call, q, k, beta, a, lag, first)
     out = []
     for t in range(T):
         j = t - lag
-        if mixer.decay_row.clock == "now":
+        if mixer.rows.decay.clock == "now":
             state = state * a[:, t, :, None, None].exp()
         elif j >= first:
             state = state * a[:, j, :, None, None].exp()
@@ -277,7 +277,7 @@ def slot_weights(mixer: Cell, call: AttentionCall, older: Tensor) -> tuple[Tenso
     """(w [B, G, R, T, J], sum over slots of e^(slot logit) times the share of token j in that slot; the sum of e^(slot logit) alone).
 
     Shares of a slot need not add up to one. One token at a time."""
-    lag, first = (0, 0) if mixer.combine == "alone" else (mixer.window, mixer.sinks)
+    lag, first = (0, 0) if mixer.pieces["combine"] == "alone" else (mixer.window, mixer.sinks)
     z, q, k = mixer.slot(call.hidden_BTD), mixer.queries(call), mixer.keys(call)
     B, T, G, M = z.shape
     share = z.new_zeros(B, G, M, T)  # of token j in slot m
@@ -285,7 +285,7 @@ def slot_weights(mixer: Cell, call: AttentionCall, older: Tensor) -> tuple[Tenso
     out, totals = [], []
     for t in range(T):
         j = t - lag
-        if j >= first and mixer.container == "gated_slots":
+        if j >= first and mixer.pieces["container"] == "gated_slots":
             f = torch.sigmoid(z[:, j]) ** (1 / DAMPING)
             share = share * f[..., None] + (1 - f)[..., None] * (torch.arange(T) == j)
         elif j >= first:

@@ -4,23 +4,8 @@ from typing import Any
 
 from subquad.linearize.mixers import MIXERS, causal, mixer_class
 from subquad.linearize.mixers.base import HeadShape
-from subquad.linearize.mixers.cell import DEFAULTS
-from subquad.linearize.mixers.combine import COMBINES
-from subquad.linearize.mixers.decays import DECAYS
-from subquad.linearize.mixers.feature_maps import FEATURE_MAPS
-from subquad.linearize.mixers.normalisers import NORMALISERS
-from subquad.linearize.mixers.outputs import OUTPUTS
-from subquad.linearize.mixers.positions import POSITIONS
-from subquad.linearize.mixers.writes import WRITES
+from subquad.linearize.mixers.knobs import DEFAULTS, rows_of
 from subquad.registry import check_name
-
-CONTAINERS = {
-    "plain": "one state per key/value head",
-    "gated_slots": "slots: K~ = f K~ + (1 - f) k, V~ likewise, read by softmax(K~ q)",
-    "softmax_slots": "slots: K~, V~ averages of k, v weighted by e^(W x), read by softmax(K~ q)",
-    "levels": "levels: sum_l lambda_l q.S_l over blocks of 1, 1, 2, 4, .. tokens, lambda = softplus(W x)",
-    "partitions": "partitions: sum_p e_p S_p^T q, e the largest of softmax(W x)",
-}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -52,21 +37,21 @@ def formula(name: str) -> list[str]:
     if preset.uses != "cell":
         return [line.strip() for line in (mixer_class(name).__doc__ or preset.about).splitlines() if line.strip()]
     p = {**DEFAULTS, **preset.pieces}
-    lines = [f"combine    {p['combine']}: {COMBINES[p['combine']].about}"]
+    r = rows_of(p)
+    lines = [f"combine    {p['combine']}: {r.combine.about}"]
     if p["container"] != "plain":
-        lines.append(f"container  {CONTAINERS[p['container']]}")
-    if not p["container"].endswith("slots"):
-        row = FEATURE_MAPS[p["feature_map"]]
-        lines.append(f"features   phi = {p['feature_map']} ({row.source}); a weight of j for t is phi(q_t).phi(k_j)")
-        lines.append(f"decay      {p['decay']}: {DECAYS[p['decay']].about}")
-        lines.append(f"write      {p['write']}: S <- a S + {WRITES[p['write']].about}")
-        bare = WRITES[p["write"]].corrects or COMBINES[p["combine"]].joint
-        lines.append("normaliser " + ("the combination's" if bare else f"{p['normaliser']}: {NORMALISERS[p['normaliser']].about}"))
-        if p["key_weight"] != "none":
-            lines.append(f"key weight {p['key_weight']}")
-    lines.append(f"position   {p['position']}: {POSITIONS[p['position']].about}")
+        lines.append(f"container  {r.container.about}")
+    if not r.container.slots:
+        lines.append(f"features   phi = {p['feature_map']} ({r.feature_map.source}); a weight of j for t is phi(q_t).phi(k_j)")
+        lines.append(f"decay      {p['decay']}: {r.decay.about}")
+        lines.append(f"write      {p['write']}: S <- a S + {r.write.about}")
+        bare = r.write.corrects or r.combine.joint
+        lines.append("normaliser " + ("the combination's" if bare else f"{p['normaliser']}: {r.normaliser.about}"))
+        if r.key_weight.rule is not None:
+            lines.append(f"key weight {p['key_weight']}: {r.key_weight.about}")
+    lines.append(f"position   {p['position']}: {r.position.about}")
     if p["output"] != "none":
-        lines.append(f"output     {p['output']}: {OUTPUTS[p['output']].about}")
+        lines.append(f"output     {p['output']}: {r.output.about}")
     return lines
 
 

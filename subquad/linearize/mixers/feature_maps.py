@@ -29,6 +29,7 @@ class FeatureMap:
     width: Callable[[int], int] | None = None  # features of a head of K numbers, where that is not factor x K
     exponential: str = ""  # sides (q, k, qk) for which the function gives log features; the cell keeps their maximum out of the exponent
     module: str = ""  # a key of MODULES: a map with parameters of its own
+    unit: bool = False  # features are of unit length
 
 
 def hedgehog_exp(y: Tensor) -> Tensor:
@@ -139,9 +140,9 @@ FEATURE_MAPS = {
     "hedgehog_exp": FeatureMap(hedgehog_exp, 2, True, "SEEDS A03 (paper form)"),
     "hedgehog_softmax2": FeatureMap(hedgehog_softmax2, 2, True, "SEEDS A03 (LoLCATs form)"),
     "hedgehog_softmax": FeatureMap(hedgehog_softmax, 2, True, "SEEDS A03 (one softmax over both signs)"),
-    "unit": FeatureMap(unit, 1, False, "SEEDS B01"),
-    "silu_unit": _row(silu_unit, "SEEDS B01", positive=False, weight=True),
-    "unit_norm": _row(unit, "SEEDS A04", positive=False),
+    "unit": FeatureMap(unit, 1, False, "SEEDS B01", unit=True),
+    "silu_unit": _row(silu_unit, "SEEDS B01", positive=False, weight=True, unit=True),
+    "unit_norm": _row(unit, "SEEDS A04", positive=False, unit=True),
     "identity": _row(identity, "SEEDS A10, B13", positive=False),
     "silu": _row(F.silu, "SEEDS B04", positive=False),
     "relu": _row(F.relu, "SEEDS A09, A14"),

@@ -9,14 +9,10 @@ import torch
 from torch import Tensor
 
 from subquad.linearize.mixers.base import HeadShape
-from subquad.linearize.mixers.combine import COMBINES
-from subquad.linearize.mixers.decays import DECAYS
-from subquad.linearize.mixers.feature_maps import FEATURE_MAPS, features_of
-from subquad.linearize.mixers.key_weights import KEPT, KEY_WEIGHTS, NOTHING
-from subquad.linearize.mixers.levels import LEVELS
-from subquad.linearize.mixers.normalisers import NORMALISERS
-from subquad.linearize.mixers.positions import POSITIONS
-from subquad.linearize.mixers.writes import WRITES
+from subquad.linearize.mixers.feature_maps import features_of
+from subquad.linearize.mixers.key_weights import NOTHING
+from subquad.linearize.mixers.knobs import map_options, rows_of
+from subquad.linearize.mixers.writes import WRITE_GATES
 
 # Parts that start at the log of nothing; all others start at 0.
 LOGS = ("top", "log_sum")
@@ -24,68 +20,47 @@ LOGS = ("top", "log_sum")
 
 def base_features(shape: HeadShape, pieces: dict[str, Any]) -> int:
     """Features of the map itself."""
-    return features_of(pieces["feature_map"], shape.key, dict(features=pieces["features"], horizon=pieces["horizon"]))
+    return features_of(pieces["feature_map"], shape.key, map_options(pieces))
 
 
 def state_features(shape: HeadShape, pieces: dict[str, Any]) -> int:
     """Rows of the state: the map's features, twice with a phase per feature, times the partitions."""
-    twice = 2 if POSITIONS[pieces["position"]].doubles else 1
-    return base_features(shape, pieces) * twice * (pieces["partitions"] if pieces["container"] == "partitions" else 1)
+    rows = rows_of(pieces)
+    return base_features(shape, pieces) * (1 + rows.position.doubles) * (pieces[rows.container.number] if rows.container.times else 1)
 
 
 def has_total(pieces: dict[str, Any]) -> bool:
     """A column for q.z beside the values (SEEDS 3.1, augmentation)."""
-    row = NORMALISERS[pieces["normaliser"]]
-    return not WRITES[pieces["write"]].corrects and (row.divides or row.counts or COMBINES[pieces["combine"]].joint)
+    rows = rows_of(pieces)
+    return not rows.write.corrects and (rows.normaliser.divides or rows.normaliser.counts or rows.combine.joint)
 
 
 def part_shapes(shape: HeadShape, pieces: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> size per sequence, fp32."""
-    G, K, V = shape.kv_heads, shape.key, shape.value
-    if pieces["container"].endswith("slots"):
-        M = pieces["slots"]
-        parts = {"sums": (G, M, K), "values": (G, M, V)}
-        return parts | ({"total": (G, M)} if pieces["container"] == "softmax_slots" else {})
-    if pieces["container"] == "levels":
-        return {"sums": (LEVELS, G, state_features(shape, pieces), V + has_total(pieces)), "written": ()}
-    rows = state_features(shape, pieces) + NORMALISERS[pieces["normaliser"]].counts
-    parts = {"sums": (G, rows, V + has_total(pieces) + ("outgoing" in KEPT[pieces["key_weight"]]))}
-    if pieces["write"] == "momentum":
-        parts["momentum"] = parts["sums"]
-    if "k" in FEATURE_MAPS[pieces["feature_map"]].exponential:
+    rows, G = rows_of(pieces), shape.kv_heads
+    columns = shape.value + has_total(pieces) + bool(rows.key_weight.column)
+    parts = rows.container.parts(shape, pieces, (G, state_features(shape, pieces) + rows.normaliser.counts, columns))
+    parts |= dict.fromkeys(rows.write.more, parts["sums"])
+    if "k" in rows.feature_map.exponential and not rows.container.slots:
         parts["top"] = (G,)
-    weigh = KEY_WEIGHTS[pieces["key_weight"]]
-    if weigh is not None:
-        parts |= weigh.parts(G, base_features(shape, pieces))
-    phases = POSITIONS[pieces["position"]].phases
-    if phases:
-        parts["phase"] = (G, base_features(shape, pieces) // phases)
+    if rows.key_weight.rule is not None:
+        parts |= rows.key_weight.rule.parts(G, base_features(shape, pieces))
+    if rows.position.phases:
+        parts["phase"] = (G, base_features(shape, pieces) // rows.position.phases)
     return parts
 
 
 def kept_sizes(shape: HeadShape, pieces: dict[str, Any]) -> dict[str, int]:
     """Name -> numbers per key/value head that stay with a token until it is written, in the order in which they are packed."""
-    features, decay, phases = base_features(shape, pieces), DECAYS[pieces["decay"]], POSITIONS[pieces["position"]].phases
-    sizes = {}
-    if WRITES[pieces["write"]].corrects:
-        sizes["beta"] = 1
-    if pieces["write"] == "momentum":
-        sizes["eta"] = 1
-    if pieces["write"] == "selective":
-        sizes["dt"] = shape.value
-    if decay.module is not None and decay.clock == "own" and decay.reads == "hidden":
-        sizes["decay"] = features if decay.vector else 1
-    if pieces["write"] in ("step", "dual"):
-        sizes["strength"] = features if decay.vector else 1
-    if pieces["container"].endswith("slots"):
-        sizes["slot"] = pieces["slots"]
-    sizes |= KEPT[pieces["key_weight"]]
-    if phases:
-        sizes["phase"] = features // phases
-    if pieces["container"] == "partitions":
-        sizes["route"] = pieces["partitions"]
-    if POSITIONS[pieces["position"]].plain:
-        sizes["plain"] = shape.key
+    rows, features = rows_of(pieces), base_features(shape, pieces)
+    decay = features if rows.decay.vector else 1
+    sizes = {name: WRITE_GATES[name].size(shape) for name in rows.write.gates}
+    sizes |= {"decay": decay} if rows.decay.kept else {}
+    sizes |= {"strength": decay} if rows.write.strength is not None else {}
+    sizes |= dict.fromkeys(rows.key_weight.kept, 1)
+    sizes |= {"phase": features // rows.position.phases} if rows.position.phases else {}
+    sizes |= {rows.container.kept: pieces[rows.container.number]} if rows.container.kept else {}
+    sizes |= {"plain": shape.key} if rows.position.plain else {}
     return sizes
 
 

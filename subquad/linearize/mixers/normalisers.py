@@ -9,6 +9,7 @@
 Key: B batch, T tokens, G key/value heads, R query heads per key/value head, V value size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,25 +23,13 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class NormaliserRow:
+    rule: Callable[["Normaliser", "Sums"], Tensor]
     about: str
     source: str
     divides: bool = False  # by a sum of features: needs maps that are never negative
     counts: bool = False  # uses the count and the sum of values: nothing may fade
     parameter: str = ""  # a learned number per query head
-
-
-NORMALISERS = {
-    "sum": NormaliserRow("y / Z", "SEEDS K4", divides=True),
-    "clamped": NormaliserRow("tau y / max(Z, 100)", "SEEDS A14, 0.7", divides=True, parameter="tau"),
-    "centred": NormaliserRow("y / n + (1 - Z / n) u / n", "SEEDS A10", counts=True),
-    "magnitude": NormaliserRow("(1 + n / Z) y / n - Z u / n^2", "SEEDS A12, code", divides=True, counts=True),
-    "magnitude_sum": NormaliserRow("(1 + 1 / Z) y - Z u / n", "SEEDS A12, paper", divides=True, counts=True),
-    "count": NormaliserRow("n^(-sigmoid(p)) y", "SEEDS A04", counts=True, parameter="power"),
-    "mean": NormaliserRow("y / n", "SEEDS A23", counts=True),
-    "feature": NormaliserRow("sum_r q_r S[r] / z[r]", "SEEDS A06", divides=True),
-    "flow": NormaliserRow("sigmoid(I^) y / Z", "SEEDS A07", divides=True, counts=True),
-    "none": NormaliserRow("y", "SEEDS K4"),
-}
+    per_feature: bool = False  # every feature of the query is divided by its own sum over the keys, before the read
 
 
 @dataclass
@@ -60,14 +49,14 @@ class Normaliser(nn.Module):
 
     def __init__(self, name: str, shape: HeadShape):
         super().__init__()
-        self.row, self.rule = NORMALISERS[name], RULES[name]
+        self.row = NORMALISERS[name]
         if self.row.parameter == "tau":
             self.tau = nn.Parameter(torch.full((shape.kv_heads, shape.groups), shape.key**-0.5 * 100.0))
         if self.row.parameter == "power":
             self.power = nn.Parameter(torch.full((shape.kv_heads, shape.groups), 0.5))
 
     def forward(self, sums: Sums) -> Tensor:
-        return self.rule(self, sums)
+        return self.row.rule(self, sums)
 
 
 def _n(sums: Sums) -> Tensor:
@@ -114,7 +103,15 @@ def _plain(self: Normaliser, s: Sums) -> Tensor:
     return s.y
 
 
-RULES = {
-    "sum": _sum, "clamped": _clamped, "centred": _centred, "magnitude": _magnitude, "magnitude_sum": _magnitude_sum,
-    "count": _count, "mean": _mean, "feature": _plain, "flow": _flow, "none": _plain,
-}  # fmt: skip
+NORMALISERS = {
+    "sum": NormaliserRow(_sum, "y / Z", "SEEDS K4", divides=True),
+    "clamped": NormaliserRow(_clamped, "tau y / max(Z, 100)", "SEEDS A14, 0.7", divides=True, parameter="tau"),
+    "centred": NormaliserRow(_centred, "y / n + (1 - Z / n) u / n", "SEEDS A10", counts=True),
+    "magnitude": NormaliserRow(_magnitude, "(1 + n / Z) y / n - Z u / n^2", "SEEDS A12, code", divides=True, counts=True),
+    "magnitude_sum": NormaliserRow(_magnitude_sum, "(1 + 1 / Z) y - Z u / n", "SEEDS A12, paper", divides=True, counts=True),
+    "count": NormaliserRow(_count, "n^(-sigmoid(p)) y", "SEEDS A04", counts=True, parameter="power"),
+    "mean": NormaliserRow(_mean, "y / n", "SEEDS A23", counts=True),
+    "feature": NormaliserRow(_plain, "sum_r q_r S[r] / z[r]", "SEEDS A06", divides=True, per_feature=True),
+    "flow": NormaliserRow(_flow, "sigmoid(I^) y / Z", "SEEDS A07", divides=True, counts=True),
+    "none": NormaliserRow(_plain, "y", "SEEDS K4"),
+}

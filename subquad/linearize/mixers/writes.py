@@ -5,13 +5,46 @@
     dual        S <- S + (g^tau * k) v^T           momentum    S <- a S + P, P <- eta P + beta k (v - S^T k)^T, eta = sigmoid(W x)
     selective   S_fv <- exp(-dt_v A_fv) S_fv + dt_v k_f v_v, dt a number per value channel: its own decay
 
-Key: as in decays.py.
+Key: as in decays.py; V value size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
+
+from subquad.linearize.mixers.base import HeadShape
+from subquad.linearize.mixers.decays import SMALL_STEP
+from subquad.linearize.mixers.gates import InputGate
+
+
+@dataclass(frozen=True)
+class WriteGate:
+    """What a token is written with: fn(W x + b) of the token that is written: one number per key/value head, or one per value channel through a low rank."""
+
+    fn: Callable[[Tensor], Tensor]
+    bias: float = 0.0
+    wide: bool = False
+
+    def size(self, shape: HeadShape) -> int:
+        return shape.value if self.wide else 1
+
+    def make(self, shape: HeadShape, rank: int) -> InputGate:
+        return InputGate(shape.hidden, (shape.kv_heads, self.size(shape)), self.bias, rank if self.wide else None)
+
+
+# Name in the cell, and of the numbers that stay with a token until it is written.
+WRITE_GATES = {
+    "beta": WriteGate(torch.sigmoid),
+    "eta": WriteGate(torch.sigmoid),
+    "dt": WriteGate(F.softplus, SMALL_STEP, wide=True),
+}
+
+
+Start = Callable[[HeadShape, int], Tensor]  # (shape, features) -> start values
 
 
 @dataclass(frozen=True)
@@ -19,18 +52,14 @@ class WriteRow:
     about: str
     source: str
     decays: tuple[str, ...] | None = None  # the decays it goes with; None: any
+    read: str = "additive"  # a row of READS (reads.py)
+    gates: tuple[str, ...] = ()  # rows of WRITE_GATES
     corrects: bool = False  # what the state already says about a key is taken off: keys must be of unit length
-
-
-WRITES = {
-    "additive": WriteRow("k v^T", "SEEDS K3"),
-    "delta": WriteRow("beta k (v - S^T k)^T", "SEEDS B01", ("none", "scalar", "own_scalar"), corrects=True),
-    "momentum": WriteRow("P, P <- eta P + beta k (v - S^T k)^T", "SEEDS B15", ("own_scalar",), corrects=True),
-    "selective": WriteRow("dt_v k_f v_v", "SEEDS B03", ("none",)),
-    "step": WriteRow("dt k v^T", "SEEDS B03", ("step_size",)),
-    "convex": WriteRow("(1 - a) v^T", "SEEDS Dependencies, HGRN2", ("key",)),
-    "dual": WriteRow("(g^tau * k) v^T", "SEEDS B07", ("dual",)),
-}
+    strength: Callable[[nn.Module, Tensor], Tensor] | None = None  # (decay, hidden_BTD) -> [B, T, G, 1 | F] that multiplies the key
+    complement: bool = False  # what is written stands in the place of the key's features: 1 - a
+    bare: bool = False  # its read knows neither columns nor partitions nor exponents
+    own: tuple[tuple[str, Start], ...] = ()  # parameters: their names in the cell, and their start
+    more: tuple[str, ...] = ()  # further parts of memory of the state's size
 
 
 def complement(log_decay: Tensor) -> Tensor:
@@ -38,11 +67,29 @@ def complement(log_decay: Tensor) -> Tensor:
     return -torch.expm1(log_decay)
 
 
-def strength(write: str, gate, hidden_BTD: Tensor) -> Tensor | None:
-    """[B, T, G, 1 | F]: what a token's own gates multiply its key with; None when the key is written as it is."""
-    if write == "step":
-        return gate.step(hidden_BTD).unsqueeze(-1)
-    if write == "dual":
-        g, tau = gate.parts(hidden_BTD)
-        return g**tau
-    return None
+def step_strength(decay: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    return decay.step(hidden_BTD).unsqueeze(-1)
+
+
+def dual_strength(decay: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    g, tau = decay.parts(hidden_BTD)
+    return g**tau
+
+
+def log_a(shape: HeadShape, features: int) -> Tensor:
+    """ln A at the start, [G, F, V]: A = 1 .. F as in S4D-real, for every value channel."""
+    return torch.arange(1, features + 1).float().log()[None, :, None].repeat(shape.kv_heads, 1, shape.value)
+
+
+WRITES = {
+    "additive": WriteRow("k v^T", "SEEDS K3"),
+    "delta": WriteRow("beta k (v - S^T k)^T", "SEEDS B01", ("none", "scalar", "own_scalar"), read="delta", gates=("beta",), corrects=True),
+    "momentum": WriteRow(
+        "P, P <- eta P + beta k (v - S^T k)^T", "SEEDS B15", ("own_scalar",),
+        read="momentum", gates=("beta", "eta"), corrects=True, more=("momentum",),
+    ),
+    "selective": WriteRow("dt_v k_f v_v", "SEEDS B03", ("none",), read="selective", gates=("dt",), bare=True, own=(("log_a", log_a),)),
+    "step": WriteRow("dt k v^T", "SEEDS B03", ("step_size",), strength=step_strength),
+    "convex": WriteRow("(1 - a) v^T", "SEEDS Dependencies, HGRN2", ("key",), complement=True),
+    "dual": WriteRow("(g^tau * k) v^T", "SEEDS B07", ("dual",), strength=dual_strength),
+}  # fmt: skip

@@ -1,0 +1,68 @@
+"""Containers: what holds the state of a head (SEEDS 3.2 K11). One row each; the arithmetic is in slots.py, levels.py and partitions.py.
+
+Key: G key/value heads, F features, V value size, M slots, P partitions, L levels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+
+from subquad.linearize.mixers.base import HeadShape
+from subquad.linearize.mixers.levels import LEVELS, LevelWeights
+from subquad.linearize.mixers.partitions import Routes
+from subquad.linearize.mixers.slots import slot_gate
+
+Size = tuple[int, ...]
+
+
+def one_state(shape: HeadShape, pieces: dict[str, Any], size: Size) -> dict[str, Size]:
+    return {"sums": size}
+
+
+def slot_states(shape: HeadShape, pieces: dict[str, Any], size: Size) -> dict[str, Size]:
+    return {"sums": (shape.kv_heads, pieces["slots"], shape.key), "values": (shape.kv_heads, pieces["slots"], shape.value)}
+
+
+def totalled_slots(shape: HeadShape, pieces: dict[str, Any], size: Size) -> dict[str, Size]:
+    return slot_states(shape, pieces, size) | {"total": (shape.kv_heads, pieces["slots"])}
+
+
+def level_states(shape: HeadShape, pieces: dict[str, Any], size: Size) -> dict[str, Size]:
+    return {"sums": (LEVELS, *size), "written": ()}
+
+
+@dataclass(frozen=True)
+class ContainerRow:
+    about: str
+    source: str
+    parts: Callable[[HeadShape, dict, Size], dict[str, Size]] = one_state  # name -> size; given the size of a plain state, (G, F, columns)
+    name: str = ""  # of the gate in the cell
+    gate: Callable[[HeadShape, dict], nn.Module] | None = None  # built as gate(shape, pieces); of the layer input
+    kept: str = ""  # the name under which the gate's numbers stay with a token until it is written
+    number: str = ""  # the piece that says how many they are
+    read: str = ""  # a row of READS; "": the write's
+    slots: bool = False  # holds keys and values, not sums over features: no feature map, decay or normaliser
+    times: bool = False  # the state has `number` times the map's features
+
+
+CONTAINERS = {
+    "plain": ContainerRow("one state per key/value head", "SEEDS 3.1"),
+    "gated_slots": ContainerRow(
+        "slots: K~ = f K~ + (1 - f) k, V~ likewise, read by softmax(K~ q)", "SEEDS B02", slot_states, "slot",
+        lambda shape, pieces: slot_gate(shape, pieces["slots"]), kept="slot", number="slots", read="gated_slots", slots=True,
+    ),
+    "softmax_slots": ContainerRow(
+        "slots: K~, V~ averages of k, v weighted by e^(W x), read by softmax(K~ q)", "SEEDS Dependencies, ABC", totalled_slots, "slot",
+        lambda shape, pieces: slot_gate(shape, pieces["slots"]), kept="slot", number="slots", read="softmax_slots", slots=True,
+    ),
+    "partitions": ContainerRow(
+        "partitions: sum_p e_p S_p^T q, e the largest of softmax(W x)", "SEEDS B08", one_state, "routes",
+        lambda shape, pieces: Routes(shape, pieces["partitions"], pieces["top"]), kept="route", number="partitions", times=True,
+    ),
+    "levels": ContainerRow(
+        "levels: sum_l lambda_l q.S_l over blocks of 1, 1, 2, 4, .. tokens, lambda = softplus(W x)", "SEEDS B06", level_states, "levels",
+        lambda shape, pieces: LevelWeights(shape), read="levels",
+    ),
+}  # fmt: skip

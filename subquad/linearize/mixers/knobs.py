@@ -1,0 +1,99 @@
+"""The knobs of a cell: their tables, what a preset may leave out, and which pieces do not go together. A file per knob; this one joins them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from subquad.linearize.mixers.combine import COMBINES, CombineRow
+from subquad.linearize.mixers.containers import CONTAINERS, ContainerRow
+from subquad.linearize.mixers.decays import DECAYS, DecayRow
+from subquad.linearize.mixers.feature_maps import FEATURE_MAPS, FeatureMap, features_of
+from subquad.linearize.mixers.key_weights import KEY_WEIGHTS, KeyWeightRow
+from subquad.linearize.mixers.normalisers import NORMALISERS, NormaliserRow
+from subquad.linearize.mixers.outputs import OUTPUTS, OutputRow
+from subquad.linearize.mixers.positions import POSITIONS, PositionRow
+from subquad.linearize.mixers.writes import WRITES, WriteRow
+
+TABLES = {
+    "feature_map": FEATURE_MAPS, "decay": DECAYS, "write": WRITES, "normaliser": NORMALISERS, "key_weight": KEY_WEIGHTS,
+    "position": POSITIONS, "output": OUTPUTS, "container": CONTAINERS, "combine": COMBINES,
+}  # fmt: skip
+
+# The pieces a preset may leave out.
+DEFAULTS = dict(
+    feature_map="identity", decay="none", write="additive", normaliser="sum", key_weight="none", position="keep", output="none", container="plain",
+    combine="joint", mass=-4.0, rank=16, features=0, horizon=8192, slots=64, partitions=4, top=2,
+)  # fmt: skip
+
+# What each may be: a row's name, or a number.
+KNOB_CHOICES = {name: tuple(TABLES[name]) if name in TABLES else type(start) for name, start in DEFAULTS.items()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that the names of a cell's pieces stand for."""
+
+    feature_map: FeatureMap
+    decay: DecayRow
+    write: WriteRow
+    normaliser: NormaliserRow
+    key_weight: KeyWeightRow
+    position: PositionRow
+    output: OutputRow
+    container: ContainerRow
+    combine: CombineRow
+
+
+def rows_of(pieces: dict[str, Any]) -> Rows:
+    return Rows(**{knob: table[pieces[knob]] for knob, table in TABLES.items()})
+
+
+def map_options(pieces: dict[str, Any]) -> dict[str, Any]:
+    """What maps with parameters or buffers of their own are built with."""
+    return dict(features=pieces["features"], horizon=pieces["horizon"])
+
+
+def per_channel(pieces: dict[str, Any]) -> bool:
+    """The map has one feature per key channel, whatever the size of the key."""
+    return all(features_of(pieces["feature_map"], size, map_options(pieces)) == size for size in (61, 67))
+
+
+def clashes(name: str, p: dict[str, Any]) -> list[str]:
+    """Sentences about pieces of preset `name` that do not go together; `p` has every knob."""
+    r = rows_of(p)
+    joint, exponential = r.combine.joint, bool(r.feature_map.exponential)
+    if r.container.slots:
+        wrong = [key for key in ("decay", "write", "normaliser", "key_weight") if p[key] != DEFAULTS[key]]
+        wrong += ["position"] if r.position.phases else []
+        return [f"mixer {name!r}: {key} {p[key]} does not go with slots, which have gates and a softmax of their own." for key in wrong]
+    found = []
+    if p["container"] == "levels" and (
+        r.write.corrects or r.normaliser.counts or r.key_weight.rule or r.normaliser.per_feature or exponential
+    ):
+        found.append("container levels goes with write additive, normaliser sum, clamped or none, and a map without exponents.")
+    if r.write.corrects:
+        if not r.feature_map.unit:
+            found.append(f"write {p['write']} needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}.")
+        if joint:
+            found.append(f"write {p['write']} goes with combine gated, added or alone, not {p['combine']}.")
+        if r.container.times or r.key_weight.rule:
+            found.append(f"write {p['write']} goes with container plain and key_weight none.")
+    elif (joint or r.normaliser.divides) and (not r.feature_map.positive or r.position.phases):
+        found.append(
+            f"combine {p['combine']} with normaliser {p['normaliser']} divides by a sum of features and needs a positive map without "
+            f"phases; got {p['feature_map']}, {p['position']}. Use normaliser none with an output norm."
+        )
+    if r.write.decays is not None and p["decay"] not in r.write.decays:
+        found.append(f"write {p['write']} goes with decay {' or '.join(r.write.decays)}, got {p['decay']}.")
+    if r.decay.module is not None and (r.normaliser.counts or r.normaliser.per_feature):
+        found.append(f"normaliser {p['normaliser']} counts tokens, so nothing may fade: use decay none, not {p['decay']}.")
+    if r.decay.vector and exponential:
+        found.append(f"feature_map {p['feature_map']} goes with decay none or one per head, not {p['decay']}.")
+    if r.write.bare and (joint or p["normaliser"] != "none" or p["container"] != "plain" or r.key_weight.rule or exponential):
+        found.append(f"write {p['write']} goes with normaliser none, container plain, key_weight none and a map without exponents.")
+    if (p["key_weight"] == "flow") != (p["normaliser"] == "flow"):
+        found.append("key_weight flow and normaliser flow go together.")
+    if r.decay.reads == "key" and not per_channel(p):
+        found.append(f"decay {p['decay']} has one number per key channel and needs a feature map of that size.")
+    if r.key_weight.rule and (exponential or not per_channel(p)):
+        found.append(f"key_weight {p['key_weight']} needs a feature map with one feature per key channel.")
+    return [f"mixer {name!r}: {problem}" for problem in found]
