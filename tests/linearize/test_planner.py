@@ -98,6 +98,10 @@ PROBLEMS = {
     "option value": (dict(mixer="gla", options={"decay": "vectr"}), ["options.decay: got 'vectr', allowed: none, scalar, vector, "]),
     "option type": (dict(mixer="gla", options={"rank": True}), ["options.rank: expected a int, got True."]),
     "options of window": (dict(options={"decay": "none"}), ["options.decay: mixer 'window' takes no options."]),
+    "weights of keys": (
+        dict(mixer="rala", options={"feature_map": "hedgehog_softmax"}),
+        ["needs a feature map with one feature per key channel."],
+    ),
     "signed features": (dict(mixer="gla", options={"feature_map": "unit"}), ["divides by a sum of features and needs a positive map"]),
     "delta without unit keys": (
         dict(mixer="gla", options={"write": "delta"}),
