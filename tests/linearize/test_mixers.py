@@ -83,28 +83,6 @@ def test_one_call_is_the_definition(case):
     assert_near(mixer(call), definition(mixer, call), MIXER, "length 500")
 
 
-# Pieces that no preset puts together, but that go together.
-TOGETHER = {
-    f"{name} {' '.join(more.values())} {m}": (name, {"feature_map": m, **more})
-    for name, more, maps in (
-        ("rala", {"normaliser": "mean"}, ("focused", "normed", "polynomial")),
-        ("gla", {"decay": "key", "normaliser": "none"}, ("focused", "normed", "polynomial")),
-        ("flowformer", {}, ("polynomial",)),
-        ("gla", {"container": "levels", "normaliser": "none", "position": "phase"}, ("identity",)),
-    )
-    for m in maps
-}
-
-
-@pytest.mark.parametrize("case", TOGETHER)
-def test_pieces_that_no_preset_puts_together(case, monkeypatch):
-    monkeypatch.setitem(CASES, case, TOGETHER[case])
-    mixer, call = mixer_of(case), call_of(50)
-    with torch.no_grad():
-        assert_near(mixer(call), definition(mixer, call), MIXER)
-        assert_near(run(mixer, call, CUTS["prefill and steps"])[0], mixer(call), MIXER)
-
-
 ORDER = list(CASES)
 HEADS = [(size, groups) for size in (64, 80, 128) for groups in (1, 3, 8)]
 
@@ -118,19 +96,7 @@ def test_head_sizes_and_query_groups(case):
 
 
 # The window's own arithmetic is the same for all; these read and write beside it in different ways.
-BESIDE = (
-    "window",
-    "window_linear",
-    "gla",
-    "gated_delta",
-    "gated_deltanet",
-    "nha",
-    "performer",
-    "flowformer",
-    "mala",
-    "swat",
-    "delta_attention",
-)
+BESIDE = "window window_linear gla gated_delta gated_deltanet nha performer flowformer mala swat delta_attention".split()
 
 
 @pytest.mark.parametrize("case", BESIDE)
