@@ -1,58 +1,36 @@
-"""Op 3: softmax attention over a band of keys (the last `window` tokens) and a few sink tokens, returned un-normalised so that branches merge.
+"""Op 3: attention over a band of keys (the last `window` tokens) and a few sink tokens, returned un-normalised so that branches merge.
 
     s_ij = softcap(scale q_i.k_j)                 softcap(x) = cap tanh(x / cap) when a cap is given
-    m_i  = max_j s_ij,  numerator_i = sum_j exp(s_ij - m_i) v_j,  denominator_i = sum_j exp(s_ij - m_i)
+    m_i  = max_j s_ij,  numerator_i = sum_j exp(s_ij - m_i) v_j,  denominator_i = sum_j exp(s_ij - m_i)     other weights: weights.py
 
 The keys come extended to the left by what the window still holds of earlier tokens: slot w + t is new token t, and query t sees slots
 t+1 .. t+w (itself included: `window` tokens), as far as they are valid, plus every sink that has already left the window.
 
 SEEDS C04, C05, J01; 0.2 and 0.16 for the merge. Key: B batch, T new tokens, W window, N sinks, G key/value heads, R query heads per key/value
-head, K key size, V value size, C block size, X = W + T extended slots.
+head, K key size, V value size, C queries of a block, n blocks, X = W + T extended slots, J what a block has before it: sinks, then slots.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.kernels.weights import band_weights
+
 BLOCK = 64
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def band_mask(T: int, X: int, window: int, valid_BX: Tensor | None, device) -> Tensor:
-    """[B or 1, T, X] bool: query t sees slot j. `X - T` slots come before the first new token."""
-    t = torch.arange(T, device=device)[:, None] + (X - T)
-    j = torch.arange(X, device=device)[None]
-    band = ((j <= t) & (j > t - window))[None]
-    return band if valid_BX is None else band & valid_BX[:, None]
-
-
 def banded_definition(
-    q_BTGRK, k_BXGK, v_BXGV, *, window, scale, valid_BX=None, sink_k=None, sink_v=None, sink_seen_BTN=None, softcap=None, sink_logit_GR=None
+    q_BTGRK, k_BJGK, v_BJGV, seen_BTJ, *, scale, window=1, weight="softmax", softcap=None, bias_BGTJ=None, sink_logit_GR=None
 ):
-    """The formula with every pair of query and slot written out. Oracle for tests. Arguments and results as `banded_blocks`."""
-    T, X = q_BTGRK.shape[1], k_BXGK.shape[1]
-    mask = band_mask(T, X, window, valid_BX, q_BTGRK.device)
-    keys, values = k_BXGK, v_BXGV
-    if sink_k is not None:
-        keys, values = torch.cat([sink_k, keys], 1), torch.cat([sink_v, values], 1)
-        mask = torch.cat([sink_seen_BTN, mask.expand(sink_seen_BTN.shape[0], -1, -1)], -1)
-    scores = torch.einsum("btgrk,bxgk->btgrx", q_BTGRK, keys) * scale
+    """The formula with every pair written out, in the dtype of q; query t attends where seen_BTJ [B or 1, T, J] is True. Results as `banded_blocks`."""
+    scores = torch.einsum("btgrk,bjgk->bgrtj", q_BTGRK, k_BJGK) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask[:, :, None, None], float("-inf"))
-    top = scores.amax(-1)
-    if sink_logit_GR is not None:
-        top = torch.maximum(top, sink_logit_GR.to(top.dtype))
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    weights = (scores - top[..., None]).exp()
-    denominator = weights.sum(-1)
-    if sink_logit_GR is not None:
-        denominator = denominator + (sink_logit_GR - top).exp()
-    return torch.einsum("btgrx,bxgv->btgrv", weights, values), denominator, top
+    if bias_BGTJ is not None:
+        scores = scores + bias_BGTJ.unsqueeze(2)
+    logit = None if sink_logit_GR is None else sink_logit_GR.unsqueeze(-1)
+    weights, denominator, top = band_weights(weight, scores, seen_BTJ[:, None, None], window, logit)
+    return torch.einsum("bgrtj,bjgv->btgrv", weights, v_BJGV), denominator.permute(0, 3, 1, 2), top.permute(0, 3, 1, 2)
 
 
 def banded_blocks(
@@ -62,84 +40,73 @@ def banded_blocks(
     *,
     window: int,
     scale: float,
+    weight: str = "softmax",
     valid_BX: Tensor | None = None,
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
     sink_seen_BTN: Tensor | None = None,
+    fade_BXG: Tensor | None = None,
+    sink_fade_BNG: Tensor | None = None,
     softcap: float | None = None,
     sink_logit_GR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocked form: queries in blocks of at least `window`, each against its own and the previous block: O(T W), not O(T^2).
+    """Blocked form: queries in blocks of at least `window`, each against the sinks, the previous and its own block: O(T W), not O(T^2).
 
     q [B, T, G, R, K], k and v [B, X, G, K | V] in the model's dtype; valid_BX bool (False: empty slot); sink_k, sink_v [B, N, G, K | V]
-    with sink_seen_BTN bool (True: the query attends to that sink); sink_logit_GR: a learned logit that takes weight but has no value.
+    with sink_seen_BTN bool (True: the query attends to that sink); fade_BXG, sink_fade_BNG: running sums of log forget gates, of which a pair's
+    score takes the query's less the key's; sink_logit_GR: a learned logit that takes weight but has no value.
     Returns numerator [B, T, G, R, V], denominator [B, T, G, R] and the maximum [B, T, G, R], all fp32. A query that sees nothing gets zeros.
     """
-    B, T, G, R, K = q_BTGRK.shape
-    X = k_BXGK.shape[1]
-    q = q_BTGRK.permute(0, 2, 3, 1, 4)  # [B, G, R, T, K]
-    k, v = k_BXGK.transpose(1, 2), v_BXGV.transpose(1, 2)  # [B, G, X, K | V]
-    C = max(window, BLOCK)
-    single = T <= C
-    if single:
-        first = max(X - T - window + 1, 0)  # older slots are outside every query's window
-        k, v = k[:, :, first:], v[:, :, first:]
-        valid = None if valid_BX is None else valid_BX[:, first:]
-        mask = band_mask(T, X - first, window, valid, q.device)[:, None, None, None]  # [B, 1, 1, 1, T, X]
-        q, k, v = q.unsqueeze(3), k.unsqueeze(2), v.unsqueeze(2)  # one block
-    else:
-        q, k, v, mask = _blocks(q, k, v, valid_BX, X - T, window, C)
-    # q [B, G, R, n, C, K], k and v [B, G, n, Y, K | V], mask [B, 1, 1, n, C, Y]
-    scores = _scores(q, k.unsqueeze(2), scale, softcap).masked_fill(~mask, float("-inf"))
-    top = scores.amax(-1)
-    sink_scores = None
-    if sink_k is not None and sink_k.shape[1]:
-        flat = q.flatten(3, 4)[:, :, :, :T]
-        sink_scores = _scores(flat, sink_k.transpose(1, 2).unsqueeze(2), scale, softcap)
-        sink_scores = sink_scores.masked_fill(~sink_seen_BTN[:, None, None], float("-inf"))  # [B, G, R, T, N]
-        sink_top = _pad_tokens(sink_scores.amax(-1), q.shape[3] * q.shape[4], float("-inf")).unflatten(3, q.shape[3:5])
-        top = torch.maximum(top, sink_top)
-    if sink_logit_GR is not None:
-        top = torch.maximum(top, sink_logit_GR.float()[None, :, :, None, None])
-    # The maximum cancels in every ratio of numerator and denominator; without gradient it costs nothing and changes nothing.
-    top = top.masked_fill(top == float("-inf"), 0.0).detach()
-    weights = (scores - top.unsqueeze(-1)).exp()
-    numerator = (weights.to(v.dtype) @ v.unsqueeze(2)).float().flatten(3, 4)[:, :, :, :T]
-    denominator = weights.sum(-1).flatten(3, 4)[:, :, :, :T]
-    top = top.flatten(3, 4)[:, :, :, :T]
-    if sink_scores is not None:
-        sink_weights = (sink_scores - top.unsqueeze(-1)).exp()
-        numerator = numerator + (sink_weights.to(sink_v.dtype) @ sink_v.transpose(1, 2).unsqueeze(2)).float()
-        denominator = denominator + sink_weights.sum(-1)
-    if sink_logit_GR is not None:
-        denominator = denominator + (sink_logit_GR.float()[None, :, :, None] - top).exp()
-    return numerator.permute(0, 3, 1, 2, 4), denominator.permute(0, 3, 1, 2), top.permute(0, 3, 1, 2)
+    T, R = q_BTGRK.shape[1], q_BTGRK.shape[3]
+    before = k_BXGK.shape[1] - T
+    C = min(T, max(window, BLOCK))
+    back = C if C < T else min(before, window - 1)  # slots in front of a block's own
+    q = _query_blocks(q_BTGRK, C).flatten(3, 4)  # [B, G, n, R C, K]
+    k, v = _slot_blocks(k_BXGK, T, C, back, sink_k), _slot_blocks(v_BXGV, T, C, back, sink_v)  # [B, G, n, J, K | V]
+    scores = (q @ k.transpose(-1, -2)).float().unflatten(3, (R, C)) * scale  # [B, G, n, R, C, J]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if fade_BXG is not None:
+        at_query = _query_blocks(fade_BXG[:, before:, :, None, None], C)
+        at_key = _slot_blocks(fade_BXG[..., None], T, C, back, None if sink_fade_BNG is None else sink_fade_BNG[..., None])
+        scores = scores + (at_query - at_key.transpose(-1, -2).unsqueeze(3))
+    valid_BX = torch.ones(1, before + T, dtype=torch.bool, device=q.device) if valid_BX is None else valid_BX
+    seen = _seen_blocks(valid_BX, T, C, back, window, sink_seen_BTN)
+    logit = None if sink_logit_GR is None else sink_logit_GR.float()[:, None, :, None]
+    weights, denominator, top = band_weights(weight, scores, seen[:, None, :, None], window, logit)
+    numerator = (weights.to(v.dtype).flatten(3, 4) @ v).float().unflatten(3, (R, C))
+    numerator, denominator, top = (x.movedim((2, 4), (1, 2)).flatten(1, 2)[:, :T] for x in (numerator, denominator, top))
+    return numerator, denominator, top
 
 
-def _pad_tokens(x: Tensor, length: int, value: float) -> Tensor:
-    return F.pad(x, (0, length - x.shape[-1]), value=value)
+def _query_blocks(x_BTGRK: Tensor, C: int) -> Tensor:
+    """[B, G, n, R, C, K], zeros after the last token."""
+    x = F.pad(x_BTGRK, (0, 0, 0, 0, 0, 0, 0, -x_BTGRK.shape[1] % C))
+    return x.unflatten(1, (-1, C)).permute(0, 3, 1, 4, 2, 5)
 
 
-def _blocks(q, k, v, valid_BX, before, window, C):
-    """Cut into blocks of C queries; block n sees C slots before it and its own C slots.
+def _slot_blocks(x_BXGK: Tensor, T: int, C: int, back: int, sinks_BNGK: Tensor | None = None) -> Tensor:
+    """[B, G, n, J, K]: what each block of C queries has before it: the sinks, `back` slots, the C of its own tokens. Zeros outside the sequence."""
+    before = x_BXGK.shape[1] - T
+    x = x_BXGK.transpose(1, 2)[:, :, max(before - back, 0) :]
+    x = F.pad(x, (0, 0, max(back - before, 0), -T % C))
+    if C == T:
+        parts = [x.unsqueeze(2)]
+    else:  # back is C
+        x = x.unflatten(2, (-1, C))
+        parts = [x[:, :, :-1], x[:, :, 1:]]
+    if sinks_BNGK is not None:
+        parts.insert(0, sinks_BNGK.transpose(1, 2).unsqueeze(2).expand(-1, -1, parts[0].shape[2], -1, -1))
+    return torch.cat(parts, 3)
 
-    `before` = X - T slots precede the first query. They are trimmed or padded to exactly C so that block n starts at slot C + n C.
-    """
-    T = q.shape[3]
-    n = -(-T // C)
-    tail = n * C - T
-    if before > C:
-        k, v = k[:, :, before - C :], v[:, :, before - C :]
-        valid_BX = None if valid_BX is None else valid_BX[:, before - C :]
-        before = C
-    left = C - before
-    if valid_BX is None:
-        valid_BX = torch.ones(1, before + T, dtype=torch.bool, device=q.device)
-    valid = F.pad(valid_BX, (left, tail), value=False).unflatten(1, (n + 1, C))  # [B, n+1, C]
-    q = F.pad(q, (0, 0, 0, tail)).unflatten(3, (n, C))
-    k = F.pad(k, (0, 0, left, tail)).unflatten(2, (n + 1, C))
-    v = F.pad(v, (0, 0, left, tail)).unflatten(2, (n + 1, C))
-    k, v = torch.cat([k[:, :, :-1], k[:, :, 1:]], 3), torch.cat([v[:, :, :-1], v[:, :, 1:]], 3)
-    valid = torch.cat([valid[:, :-1], valid[:, 1:]], 2)  # [B, n, 2C]
-    mask = band_mask(C, 2 * C, window, None, q.device) & valid[:, :, None]  # [B, n, C, 2C]
-    return q, k, v, mask[:, None, None]
+
+def _seen_blocks(valid_BX: Tensor, T: int, C: int, back: int, window: int, sink_seen_BTN: Tensor | None) -> Tensor:
+    """[B or 1, n, C, J] bool."""
+    t = torch.arange(C, device=valid_BX.device)[:, None]
+    slot = torch.arange(-back, C, device=valid_BX.device)
+    band = (slot <= t) & (slot > t - window)
+    seen = band & _slot_blocks(valid_BX[..., None, None], T, C, back)[:, 0, :, None, :, 0]
+    if sink_seen_BTN is None:
+        return seen
+    sinks = F.pad(sink_seen_BTN, (0, 0, 0, -T % C)).unflatten(1, (-1, C))
+    return torch.cat([sinks, seen.expand(sinks.shape[0], -1, -1, -1)], -1)

@@ -1,41 +1,24 @@
 """Backend `torch`: the ops in blocks and chunks out of torch's own operations, statistics and states in fp32. Runs on every device.
 
-Key: as in ops.py; R = H / G, C block size, Y slots that a block sees.
+Key: as in ops.py; R = H / G.
 """
 
 import torch
 from torch import Tensor
 
 from subquad.kernels.additive import additive_chunk
-from subquad.kernels.banded import BLOCK, _blocks, banded_blocks
+from subquad.kernels.banded import banded_blocks
 from subquad.kernels.definition import window_linear_step as step_definition
 from subquad.kernels.delta import delta_chunk
-from subquad.kernels.packing import sequences
-from subquad.kernels.weights import band_weights
+from subquad.kernels.packing import linear, sequences
 
 
-def additive(q, k, v, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None):
-    G = k.shape[2]
-
-    def one(tensors, state):
-        q, k, v, g = tensors
-        o, state = additive_chunk(q.unflatten(2, (G, -1)), k, v, g, state)
-        return (o.flatten(2, 3),), state
-
-    (o,), state = sequences(one, [q, k, v, log_decay], initial_state, cu_seqlens)
-    return (o if scale == 1.0 else o * scale).to(out_dtype or v.dtype), state if output_final_state else None
+def additive(q, k, v, log_decay=None, **more):
+    return linear(additive_chunk, q, k, v, [log_decay], **more)
 
 
-def delta(q, k, v, beta, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None):
-    G = k.shape[2]
-
-    def one(tensors, state):
-        q, k, v, beta, g = tensors
-        o, state = delta_chunk(q.unflatten(2, (G, -1)), k, v, beta, g, state)
-        return (o.flatten(2, 3),), state
-
-    (o,), state = sequences(one, [q, k, v, beta, log_decay], initial_state, cu_seqlens)
-    return (o if scale == 1.0 else o * scale).to(out_dtype or v.dtype), state if output_final_state else None
+def delta(q, k, v, beta, log_decay=None, **more):
+    return linear(delta_chunk, q, k, v, [beta, log_decay], **more)
 
 
 def banded(
@@ -47,60 +30,25 @@ def banded(
     def one(tensors, _):
         q, k, v, forget = tensors
         T, G = q.shape[1], k.shape[2]
-        sink_k, sink_v, seen = _sinks(k, v, T, sinks, window, position, sink_k_BNGK, sink_v_BNGV)
+        given = {"fade_BXG": None if forget is None else forget.float().cumsum(1)}
+        if sink_k_BNGK is not None or sinks:
+            given |= _sinks(k, v, given["fade_BXG"], sinks, sink_k_BNGK, sink_v_BNGV)
+            t = torch.arange(T, device=k.device)[:, None] + position
+            seen = t - torch.arange(given["sink_k"].shape[1], device=k.device) >= window  # those that have left the query's window
+            given["sink_seen_BTN"] = seen.expand(k.shape[0], -1, -1)
         logit = None if sink_logit_H is None else sink_logit_H.view(G, -1)
-        run = banded_blocks if weight == "softmax" else _weighted
-        more = {} if weight == "softmax" else dict(weight=weight, forget=forget)
-        found = run(q.unflatten(2, (G, -1)), k, v, window=window, scale=scale, sink_k=sink_k, sink_v=sink_v, sink_seen_BTN=seen, softcap=softcap,
-                    sink_logit_GR=logit, **more)  # fmt: skip
+        found = banded_blocks(q.unflatten(2, (G, -1)), k, v, window=window, scale=scale, weight=weight, softcap=softcap, sink_logit_GR=logit, **given)
         return tuple(x.flatten(2, 3) for x in found), None
 
     return sequences(one, [q, k, v, log_forget_BXG], None, cu_seqlens)[0]
 
 
-def _sinks(k, v, T, sinks, window, position, sink_k, sink_v):
-    """Keys and values of the sinks, and [B, T, N] which query sees which: those that have left its window."""
-    if sink_k is None:
-        if not sinks:
-            return None, None, None
-        sink_k, sink_v = k[:, :sinks], v[:, :sinks]
-    t = torch.arange(T, device=k.device)[:, None] + position
-    seen = t - torch.arange(sink_k.shape[1], device=k.device) >= window
-    return sink_k, sink_v, seen.expand(k.shape[0], -1, -1)
-
-
-def _weighted(q, k, v, *, window, scale, sink_k, sink_v, sink_seen_BTN, softcap, sink_logit_GR, weight, forget):
-    """Any weight: sinks stand beside every block's keys, so that one row of scores holds all that a query sees."""
-    B, T, G, R, _ = q.shape
-    before, C = k.shape[1] - T, max(window, BLOCK)
-    blocks = lambda k, v: _blocks(q.permute(0, 2, 3, 1, 4), k.transpose(1, 2), v.transpose(1, 2), None, before, window, C)  # noqa: E731
-    qb, kb, vb, mask = blocks(k, v)  # [B, G, R, n, C, K], [B, G, n, Y, K | V], [1, 1, 1, n, C, Y]
-    n = kb.shape[2]
-    scores = (qb @ kb.unsqueeze(2).transpose(-1, -2)).float() * scale
-    seen = mask.expand(B, -1, -1, -1, -1, -1)
-    N = 0 if sink_k is None else sink_k.shape[1]
-    if N:
-        sk, sv = (x.transpose(1, 2).unsqueeze(2).expand(-1, -1, n, -1, -1) for x in (sink_k, sink_v))
-        scores = torch.cat([(qb @ sk.unsqueeze(2).transpose(-1, -2)).float() * scale, scores], -1)
-        vb = torch.cat([sv, vb], 3)
-        rows = torch.nn.functional.pad(sink_seen_BTN, (0, 0, 0, n * C - T)).unflatten(1, (n, C))
-        seen = torch.cat([rows[:, None, None], seen], -1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if forget is not None:
-        c = forget.float().cumsum(1)[..., None]  # [B, X, G, 1]
-        at_query, _, at_key, _ = _blocks(
-            c[:, before:, :, None].permute(0, 2, 3, 1, 4), c.transpose(1, 2), c.transpose(1, 2), None, before, window, C
-        )
-        at_key = at_key.squeeze(-1)[:, :, None, :, None]  # [B, G, 1, n, 1, Y]
-        if N:
-            first = c[:, :N] if sink_k.data_ptr() == k.data_ptr() else torch.zeros_like(c[:, :1]).expand(-1, N, -1, -1)
-            at_key = torch.cat([first.squeeze(-1).transpose(1, 2)[:, :, None, None, None].expand(-1, -1, 1, n, 1, N), at_key], -1)
-        scores = scores + (at_query - at_key)
-    w, denominator, top = band_weights(weight, scores, seen, window, sink_logit_GR)
-    numerator = (w.to(vb.dtype) @ vb.unsqueeze(2)).float()
-    cut = lambda x: x.flatten(3, 4)[:, :, :, :T].movedim(3, 1)  # noqa: E731
-    return cut(numerator), cut(denominator), cut(top)
+def _sinks(k, v, fade, sinks, own_k, own_v) -> dict[str, Tensor | None]:
+    """The first tokens, or sinks given by themselves: those stand before slot 0, where nothing has been forgotten."""
+    if own_k is None:
+        return {"sink_k": k[:, :sinks], "sink_v": v[:, :sinks], "sink_fade_BNG": None if fade is None else fade[:, :sinks]}
+    nothing = None if fade is None else fade.new_zeros(fade.shape[0], own_k.shape[1], fade.shape[2])
+    return {"sink_k": own_k, "sink_v": own_v, "sink_fade_BNG": nothing}
 
 
 def window_linear(

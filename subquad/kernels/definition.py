@@ -7,33 +7,17 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.additive import additive_definition
+from subquad.kernels.banded import banded_definition
 from subquad.kernels.delta import delta_definition
-from subquad.kernels.packing import sequences
-from subquad.kernels.weights import band_weights
+from subquad.kernels.packing import linear, sequences
 
 
-def additive(q, k, v, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None):
-    G = k.shape[2]
-
-    def one(tensors, state):
-        q, k, v, g = tensors
-        o, state = additive_definition(q.unflatten(2, (G, -1)), k, v, g, state)
-        return (o.flatten(2, 3),), state
-
-    (o,), state = sequences(one, [q, k, v, log_decay], initial_state, cu_seqlens)
-    return (o * scale).to(out_dtype or v.dtype), state if output_final_state else None
+def additive(q, k, v, log_decay=None, **more):
+    return linear(additive_definition, q, k, v, [log_decay], **more)
 
 
-def delta(q, k, v, beta, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None):
-    G = k.shape[2]
-
-    def one(tensors, state):
-        q, k, v, beta, g = tensors
-        o, state = delta_definition(q.unflatten(2, (G, -1)), k, v, beta, g, state)
-        return (o.flatten(2, 3),), state
-
-    (o,), state = sequences(one, [q, k, v, beta, log_decay], initial_state, cu_seqlens)
-    return (o * scale).to(out_dtype or v.dtype), state if output_final_state else None
+def delta(q, k, v, beta, log_decay=None, **more):
+    return linear(delta_definition, q, k, v, [beta, log_decay], **more)
 
 
 def near_and_older(T: int, before: int, window: int, sinks: int, position: int, own_sinks: int, device=None) -> tuple[Tensor, Tensor]:
@@ -51,31 +35,30 @@ def near_and_older(T: int, before: int, window: int, sinks: int, position: int, 
     return near, older
 
 
-def _scores(q, keys, scale, softcap=None):
-    """[B, G, R, T, J]"""
-    s = torch.einsum("btgrk,bjgk->bgrtj", q.unflatten(2, (keys.shape[2], -1)), keys) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return s if softcap is None else softcap * torch.tanh(s / softcap)
+def _with_sinks(k, v, sink_k, sink_v):
+    """Given sinks and slots in one row, and how many sinks were given."""
+    return (k, v, 0) if sink_k is None else (torch.cat([sink_k, k], 1), torch.cat([sink_v, v], 1), sink_k.shape[1])
 
 
 def banded(
     q, k, v, *, window, sinks=0, scale=None, weight="softmax", log_forget_BXG=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, softcap=None,
     sink_logit_H=None, cu_seqlens=None,
 ):  # fmt: skip
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
     def one(tensors, _):
         q, k, v, forget = tensors
-        own = 0 if sink_k_BNGK is None else sink_k_BNGK.shape[1]
-        T, before, G = q.shape[1], k.shape[1] - q.shape[1], k.shape[2]
+        T, G, before, bias = q.shape[1], k.shape[2], k.shape[1] - q.shape[1], None
+        keys, values, own = _with_sinks(k, v, sink_k_BNGK, sink_v_BNGV)
         near, _ = near_and_older(T, before, window, own or sinks, position, own, q.device)
-        keys, values = (k, v) if not own else (torch.cat([sink_k_BNGK, k], 1), torch.cat([sink_v_BNGV, v], 1))
-        scores = _scores(q, keys, scale, softcap)
         if forget is not None:
             c = forget.cumsum(1).transpose(1, 2)  # [B, G, X]
-            seen = torch.cat([torch.zeros_like(c[..., :1]).expand(-1, -1, own), c], -1) if own else c
-            scores = scores + (c[:, :, None, before:, None] - seen[:, :, None, None, :])
+            at_key = torch.cat([torch.zeros_like(c[..., :1]).expand(-1, -1, own), c], -1) if own else c
+            bias = c[:, :, before:, None] - at_key[:, :, None]
         logit = None if sink_logit_H is None else sink_logit_H.view(G, -1)
-        w, denominator, top = band_weights(weight, scores, near, window, logit)
-        numerator = torch.einsum("bgrtj,bjgv->btgrv", w, values).flatten(2, 3)
-        return (numerator, denominator.permute(0, 3, 1, 2).flatten(2), top.permute(0, 3, 1, 2).flatten(2)), None
+        found = banded_definition(q.unflatten(2, (G, -1)), keys, values, near[None], scale=scale, window=window, weight=weight, softcap=softcap,
+                                  bias_BGTJ=bias, sink_logit_GR=logit)  # fmt: skip
+        return tuple(x.flatten(2, 3) for x in found), None
 
     return sequences(one, [q, k, v, log_forget_BXG], None, cu_seqlens)[0]
 
@@ -84,29 +67,38 @@ def window_linear(
     q, k, v, fq, fk, mix, log_decay=None, *, window, sinks=0, scale=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, initial_state=None,
     output_final_state=False, cu_seqlens=None,
 ):  # fmt: skip
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     G = k.shape[2]
 
     def one(tensors, state):
         q, k, v, fq, fk, mix, g = tensors
-        own = 0 if sink_k_BNGK is None else sink_k_BNGK.shape[1]
         T, before = q.shape[1], k.shape[1] - q.shape[1]
+        q, fq, mix = (x.unflatten(2, (G, -1)) for x in (q, fq, mix))
+        keys, values, own = _with_sinks(k, v, sink_k_BNGK, sink_v_BNGV)
         near, older = near_and_older(T, before, window, own or sinks, position, own, q.device)
-        keys, values = (k, v) if not own else (torch.cat([sink_k_BNGK, k], 1), torch.cat([sink_v_BNGV, v], 1))
-        w, denominator, top = band_weights("softmax", _scores(q, keys, scale), near, window, None)
-        numerator = torch.einsum("bgrtj,bjgv->btgrv", w, values)
-        denominator, top = denominator.permute(0, 3, 1, 2), top.permute(0, 3, 1, 2)
-        # The linear half, one token at a time: row t of `left` is the token that leaves the window when query t arrives.
-        x = torch.arange(T, device=q.device) - window
-        enters = ((x >= -before) & (position + x >= (own or sinks)))[None, :, None, None]
-        left = (x + before).clamp_min(0)
+        numerator, denominator, top = banded_definition(q, keys, values, near[None], scale=scale)
+        # Slot x leaves at query x + window and fades by the decays after that one. What left before query 0 stands in the state already.
+        leaves = torch.arange(-before, T, device=q.device) + window
+        older = (older[:, own:] & (leaves >= 0))[None, :, :, None, None]
+        g = fk.new_zeros(1, 1, 1) if g is None else g
+        c = (g.unsqueeze(-1) if g.dim() == 3 else g).expand(fk.shape[0], T, -1, -1).cumsum(1)  # [B, T, 1 | G, 1 | F]
+        fade = (c[:, :, None] - c[:, None, leaves.clamp(0, T - 1)]).masked_fill(~older, float("-inf")).exp()  # [B, T, X, 1 | G, 1 | F]
         ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        y, state = additive_definition(fq.unflatten(2, (G, -1)), fk[:, left] * enters, ones[:, left], g, state)
-        mix = mix.unflatten(2, (G, -1)).to(y.dtype)
-        some = (position + x >= (own or sinks))[None, :, None, None]
-        high = torch.maximum(top, mix.masked_fill(~some, float("-inf"))).detach()
-        a, b = (top - high).exp(), (mix.masked_fill(~some, float("-inf")) - high).exp()
+        if fade.shape[-1] == 1:
+            weights = torch.einsum("btgrf,bxgf->btxgr", fq, fk) * fade
+        else:
+            weights = torch.einsum("btgrf,btxgf->btxgr", fq, fk[:, None] * fade)
+        y = torch.einsum("btxgr,bxgv->btgrv", weights, ones)
+        last = torch.einsum("bxgf,bxgv->bgfv", fk * fade[:, -1], ones)
+        if state is not None:
+            y = y + torch.einsum("btgrf,bgfv->btgrv", fq * c.exp().unsqueeze(3), state)
+            last = last + c[:, -1].exp().unsqueeze(-1) * state
+        some = position + torch.arange(T, device=q.device) - window >= (own or sinks)  # a branch without tokens must not set the maximum
+        mix = mix.to(y.dtype).masked_fill(~some[None, :, None, None], float("-inf"))
+        high = torch.maximum(top, mix).detach()
+        a, b = (top - high).exp(), (mix - high).exp()
         o = (a[..., None] * numerator + b[..., None] * y[..., :-1]) / (a * denominator + b * y[..., -1])[..., None]
-        return (o.flatten(2, 3),), state
+        return (o.flatten(2, 3),), last
 
     (o,), state = sequences(one, [q, k, v, fq, fk, mix, log_decay], initial_state, cu_seqlens)
     return o.to(v.dtype), state if output_final_state else None
@@ -131,11 +123,10 @@ def window_linear_step(
     q, k, v, fq=None, mix=None, state=None, left_fk=None, left_v=None, log_decay=None, *, scale=None, sink_k_BNGK=None, sink_v_BNGV=None
 ):
     G = k.shape[2]
-    keys, values = (k, v) if sink_k_BNGK is None else (torch.cat([sink_k_BNGK, k], 1), torch.cat([sink_v_BNGV, v], 1))
-    scores = _scores(q.unsqueeze(1), keys, scale)[..., 0, :]  # [B, G, R, J]
-    top = scores.amax(-1)
-    w = (scores - top[..., None]).exp()
-    numerator, denominator = torch.einsum("bgrj,bjgv->bgrv", w, values.to(w.dtype)), w.sum(-1)
+    keys, values, _ = _with_sinks(k, v, sink_k_BNGK, sink_v_BNGV)
+    all_ = torch.ones(1, 1, keys.shape[1], dtype=torch.bool, device=q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    numerator, denominator, top = (x[:, 0] for x in banded_definition(q.unflatten(1, (G, -1)).unsqueeze(1), keys, values, all_, scale=scale))
     if state is None:
         return (numerator / denominator[..., None]).flatten(1, 2)
     if log_decay is not None:

@@ -1,6 +1,6 @@
 """Score -> weight: what a band of scores becomes (op 3). One function per weight; sums as ops.banded states them.
 
-Key: B batch, G key/value heads, R query heads per key/value head, T queries, J keys.
+Key: T queries, J keys.
 """
 
 import math
@@ -12,8 +12,10 @@ WEIGHTS = ("softmax", "softmax1", "softpick", "sigmoid", "forget", "entmax")
 EPSILON = 1e-6  # softpick's, so that a row of zeros divides by something
 
 
-def band_weights(weight: str, scores: Tensor, seen: Tensor, window: int, sink_logit_GR: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """scores [B, G, R, ..., T, J], seen bool (broadcasts) -> (weights like scores, denominator and maximum without J). A row that sees nothing: zeros.
+def band_weights(weight: str, scores: Tensor, seen: Tensor, window: int, sink_logit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """scores [..., T, J], seen bool (broadcasts) -> (weights like scores, denominator and maximum without J). A row that sees nothing: zeros.
+
+    sink_logit broadcasts with the maximum.
 
     SEEDS C03 (forgetting), J01 (softmax1, learned sinks); softpick: Zuhri et al. 2025; sigmoid with bias -log n: Ramapuram et al. 2024;
     1.5-entmax: Peters et al. 2019, exact by sorting.
@@ -25,9 +27,8 @@ def band_weights(weight: str, scores: Tensor, seen: Tensor, window: int, sink_lo
     if weight == "entmax":
         return entmax(masked), zero + 1, zero
     top = masked.amax(-1)
-    if sink_logit_GR is not None:
-        shape = (*sink_logit_GR.shape, *(1,) * (top.dim() - 3))
-        top = torch.maximum(top, sink_logit_GR.to(top.dtype).view(shape))
+    if sink_logit is not None:
+        top = torch.maximum(top, sink_logit.to(top.dtype))
     if weight in ("softmax1", "softpick"):
         top = top.clamp_min(0.0)
     # The maximum cancels in every quotient; without gradient it changes nothing.
@@ -39,8 +40,8 @@ def band_weights(weight: str, scores: Tensor, seen: Tensor, window: int, sink_lo
     denominator = w.sum(-1)
     if weight == "softmax1":
         denominator = denominator + (-top).exp()
-    if sink_logit_GR is not None:
-        denominator = denominator + (sink_logit_GR.to(top.dtype).view(shape) - top).exp()
+    if sink_logit is not None:
+        denominator = denominator + (sink_logit.to(top.dtype) - top).exp()
     return w, denominator, top
 
 

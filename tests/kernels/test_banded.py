@@ -60,9 +60,20 @@ def results(fn, leaves: dict, other: dict, dtype: torch.dtype):
     return output.detach(), mass.detach(), seen, {name: x.grad for name, x in leaves.items()}
 
 
+def every_pair(q, k, v, *, window, sink_k=None, sink_v=None, sink_seen_BTN=None, valid_BX=None, **more):
+    """The definition, with what a query sees written out."""
+    T, X = q.shape[1], k.shape[1]
+    t, j = torch.arange(T)[:, None] + (X - T), torch.arange(X)
+    seen = ((j <= t) & (j > t - window)).expand(B, -1, -1)
+    seen = seen if valid_BX is None else seen & valid_BX[:, None]
+    if sink_k is not None:
+        k, v, seen = torch.cat([sink_k, k], 1), torch.cat([sink_v, v], 1), torch.cat([sink_seen_BTN, seen], -1)
+    return banded_definition(q, k, v, seen, window=window, **more)
+
+
 def compare(leaves: dict, other: dict) -> None:
     output, mass, seen, gradients = results(banded_blocks, leaves, other, torch.float32)
-    wanted_output, wanted_mass, wanted_seen, wanted_gradients = results(banded_definition, leaves, other, torch.float64)
+    wanted_output, wanted_mass, wanted_seen, wanted_gradients = results(every_pair, leaves, other, torch.float64)
     assert torch.equal(seen, wanted_seen)
     assert_near(output, wanted_output, OP, "output")
     assert_near(mass, wanted_mass, OP, "log mass")

@@ -27,15 +27,8 @@ def _struct(name: str, *fields: tuple[str, type]):
     return type(name, (ctypes.Structure,), {"_fields_": [(f, kind) for names, kind in fields for f in names.split()]})
 
 
-_Additive = _struct(
-    "_Additive",
-    ("q k v g o dq dk dv dg", _Tensor),
-    ("h0 dhT hT dh0 seq", c_void_p),
-    ("N G R K V mode threads", c_int64),
-    ("scale", c_double),
-)
-_Delta = _struct(
-    "_Delta",
+_Linear = _struct(
+    "_Linear",
     ("q k v g beta o dq dk dv dg dbeta", _Tensor),
     ("h0 dhT hT dh0 seq", c_void_p),
     ("N G R K V mode threads", c_int64),
@@ -45,7 +38,7 @@ _Window = _struct(
     "_Window",
     ("q k v sk sv o den top fq fk mix g dout dden dq dk dv dsk dsv dfq dfk dmix dg", _Tensor),
     ("h0 dhT hT dh0 seq", c_void_p),
-    ("N G R K V F mode threads window sinks before position own_sinks linear need_window", c_int64),
+    ("N G R K V F mode threads window sinks before position own_sinks need_window", c_int64),
     ("scale", c_double),
 )
 _Step = _struct("_Step", ("q k v sk sv", _Tensor), ("S fq mix lk lv g o", c_void_p), ("B G R K V F W N mode", c_int64), ("scale", c_double))
@@ -118,119 +111,63 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-class _AdditiveFunction(Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g, h0, seq, scale, final, dtype):
-        B, T, H, K = q.shape
-        G, V, N = k.shape[2], v.shape[3], seq.shape[0]
-        o = _empty(q, B, T, H, V, dtype=dtype)
-        hT = torch.empty(N, G, K, V) if final else None
-        a = _Additive()
-        _fill(
-            a,
-            q=q,
-            k=k,
-            v=v,
-            g=g,
-            o=o,
-            h0=_pointer(h0),
-            hT=_pointer(hT),
-            seq=seq.data_ptr(),
-            N=N,
-            mode=_mode(g),
-            scale=scale,
-            **_sizes(q, k, v),
-        )
-        _run("subquad_additive", a)
-        ctx.save_for_backward(q, k, v, g, h0)
-        ctx.seq, ctx.scale = seq, scale
-        return o.to(dtype), hT
+class _LinearFunction(Function):
+    """Op 1, or op 2 where beta is given."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dhT):
-        q, k, v, g, h0 = ctx.saved_tensors
-        dq, dk, dv = (_empty(x, *x.shape) for x in (q, k, v))
-        dg = None if g is None else torch.empty(g.shape)
-        dh0 = None if h0 is None else torch.empty_like(h0)
-        do, dhT = _rows(do), _fp32(dhT)
-        a = _Additive()
-        _fill(a, q=q, k=k, v=v, g=g, o=do, dq=dq, dk=dk, dv=dv, dg=dg, h0=_pointer(h0), dh0=_pointer(dh0), dhT=_pointer(dhT), seq=ctx.seq.data_ptr(),
-              N=ctx.seq.shape[0], mode=_mode(g), scale=ctx.scale, **_sizes(q, k, v))  # fmt: skip
-        _run("subquad_additive_backward", a)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, dh0, None, None, None, None
-
-
-def additive(q, k, v, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None):
-    seq = _sequences(q.shape[0], q.shape[1], cu_seqlens)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    return _AdditiveFunction.apply(
-        q, k, v, _fp32(log_decay), _fp32(initial_state), seq, float(scale), output_final_state, out_dtype or v.dtype
-    )
-
-
-class _DeltaFunction(Function):
     @staticmethod
     def forward(ctx, q, k, v, beta, g, h0, seq, scale, final, dtype):
-        B, T, H, K = q.shape
-        G, V, N = k.shape[2], v.shape[3], seq.shape[0]
-        o = _empty(q, B, T, H, V, dtype=dtype)
-        hT = torch.empty(N, G, K, V) if final else None
-        a = _Delta()
-        _fill(a, q=q, k=k, v=v, g=g, beta=beta, o=o, h0=_pointer(h0), hT=_pointer(hT), seq=seq.data_ptr(), N=N, mode=_mode(g), scale=scale,
-              **_sizes(q, k, v))  # fmt: skip
-        _run("subquad_delta", a)
+        o = _empty(q, *q.shape[:3], v.shape[3], dtype=dtype)
+        hT = torch.empty(seq.shape[0], k.shape[2], k.shape[3], v.shape[3]) if final else None
         ctx.save_for_backward(q, k, v, beta, g, h0)
         ctx.seq, ctx.scale = seq, scale
+        _LinearFunction.run("", ctx, q, k, v, beta, g, h0, o=o, hT=_pointer(hT))
         return o.to(dtype), hT
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dhT):
-        q, k, v, beta, g, h0 = ctx.saved_tensors
-        dq, dk, dv, dbeta = (_empty(x, *x.shape) for x in (q, k, v, beta))
-        dg = None if g is None else torch.empty(g.shape)
-        dh0 = None if h0 is None else torch.empty_like(h0)
+        q, k, v, beta, g, h0 = given = ctx.saved_tensors
+        dq, dk, dv = (_empty(x, *x.shape) for x in (q, k, v))
+        dbeta, dg, dh0 = (None if x is None else torch.empty(x.shape) for x in (beta, g, h0))
         do, dhT = _rows(do), _fp32(dhT)
-        a = _Delta()
-        _fill(a, q=q, k=k, v=v, g=g, beta=beta, o=do, dq=dq, dk=dk, dv=dv, dg=dg, dbeta=dbeta, h0=_pointer(h0), dh0=_pointer(dh0),
-              dhT=_pointer(dhT), seq=ctx.seq.data_ptr(), N=ctx.seq.shape[0], mode=_mode(g), scale=ctx.scale, **_sizes(q, k, v))  # fmt: skip
-        _run("subquad_delta_backward", a)
+        _LinearFunction.run("_backward", ctx, *given, o=do, dq=dq, dk=dk, dv=dv, dbeta=dbeta, dg=dg, dh0=_pointer(dh0), dhT=_pointer(dhT))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dg, dh0, None, None, None, None
+
+    @staticmethod
+    def run(direction, ctx, q, k, v, beta, g, h0, **more):
+        a = _Linear()
+        _fill(a, q=q, k=k, v=v, beta=beta, g=g, h0=_pointer(h0), seq=ctx.seq.data_ptr(), N=ctx.seq.shape[0], mode=_mode(g), scale=ctx.scale,
+              **_sizes(q, k, v), **more)  # fmt: skip
+        _run(f"subquad_{'additive' if beta is None else 'delta'}{direction}", a)
+
+
+def additive(q, k, v, log_decay=None, **more):
+    return delta(q, k, v, None, log_decay, **more)
 
 
 def delta(q, k, v, beta, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None):
     seq = _sequences(q.shape[0], q.shape[1], cu_seqlens)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    return _DeltaFunction.apply(
-        q, k, v, _fp32(beta), _fp32(log_decay), _fp32(initial_state), seq, float(scale), output_final_state, out_dtype or v.dtype
-    )
+    return _LinearFunction.apply(
+        _rows(q), _rows(k), _rows(v), _fp32(beta), _fp32(log_decay), _fp32(initial_state), seq, float(scale), output_final_state,
+        out_dtype or v.dtype,
+    )  # fmt: skip
 
 
 class _Setting:
     """What a window op is told besides tensors."""
 
-    def __init__(self, q, k, *, window, sinks, scale, position, own_sinks, cu_seqlens):
+    def __init__(self, q, k, own_sinks, *, window, sinks, scale, position, cu_seqlens):
         B, T = q.shape[:2]
         self.seq = _sequences(B, T, cu_seqlens)
-        self.numbers = dict(window=int(window), sinks=int(sinks), before=k.shape[1] - T, position=int(position), own_sinks=int(own_sinks),
-                            N=self.seq.shape[0], scale=q.shape[-1] ** -0.5 if scale is None else float(scale))  # fmt: skip
+        self.numbers = dict(window=int(window), sinks=int(sinks) if own_sinks is None else own_sinks.shape[1], before=k.shape[1] - T,
+                            position=int(position), own_sinks=int(own_sinks is not None), N=self.seq.shape[0],
+                            scale=q.shape[-1] ** -0.5 if scale is None else float(scale))  # fmt: skip
 
-    def struct(self, q, k, v, sk, sv, **more) -> _Window:
+    def run(self, name: str, q, k, v, sk, sv, **more) -> None:
         a = _Window()
-        _fill(
-            a,
-            q=q,
-            k=k,
-            v=v,
-            sk=k if sk is None else sk,
-            sv=v if sv is None else sv,
-            seq=self.seq.data_ptr(),
-            **_sizes(q, k, v),
-            **self.numbers,
-            **more,
-        )
-        return a
+        _fill(a, q=q, k=k, v=v, sk=k if sk is None else sk, sv=v if sv is None else sv, seq=self.seq.data_ptr(), **_sizes(q, k, v),
+              **self.numbers, **more)  # fmt: skip
+        _run(name, a)
 
 
 class _BandedFunction(Function):
@@ -238,7 +175,7 @@ class _BandedFunction(Function):
     def forward(ctx, q, k, v, sk, sv, setting):
         B, T, H, _ = q.shape
         o, den, top = torch.empty(B, T, H, v.shape[3]), torch.empty(B, T, H), torch.empty(B, T, H)
-        _run("subquad_banded", setting.struct(q, k, v, sk, sv, o=o, den=den, top=top))
+        setting.run("subquad_banded", q, k, v, sk, sv, o=o, den=den, top=top)
         ctx.save_for_backward(q, k, v, sk, sv, top)
         ctx.setting = setting
         ctx.mark_non_differentiable(top)
@@ -251,8 +188,7 @@ class _BandedFunction(Function):
         do, dden = _rows(do), dden.contiguous()
         dq, dk, dv = (_empty(x, *x.shape) for x in (q, k, v))
         dsk, dsv = (None if x is None else _empty(x, *x.shape) for x in (sk, sv))
-        _run("subquad_banded_backward",
-             ctx.setting.struct(q, k, v, sk, sv, top=top, dout=do, dden=dden, dq=dq, dk=dk, dv=dv, dsk=dsk, dsv=dsv))  # fmt: skip
+        ctx.setting.run("subquad_banded_backward", q, k, v, sk, sv, top=top, dout=do, dden=dden, dq=dq, dk=dk, dv=dv, dsk=dsk, dsv=dsv)
         return *(None if d is None else d.to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v), (dsk, sk), (dsv, sv))), None
 
 
@@ -260,17 +196,7 @@ def banded(
     q, k, v, *, window, sinks=0, scale=None, weight="softmax", log_forget_BXG=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, softcap=None,
     sink_logit_H=None, cu_seqlens=None,
 ):  # fmt: skip
-    own = sink_k_BNGK is not None
-    setting = _Setting(
-        q,
-        k,
-        window=window,
-        sinks=sink_k_BNGK.shape[1] if own else sinks,
-        scale=scale,
-        position=position,
-        own_sinks=own,
-        cu_seqlens=cu_seqlens,
-    )
+    setting = _Setting(q, k, sink_k_BNGK, window=window, sinks=sinks, scale=scale, position=position, cu_seqlens=cu_seqlens)
     return _BandedFunction.apply(_rows(q), _rows(k), _rows(v), _rows(sink_k_BNGK), _rows(sink_v_BNGV), setting)
 
 
@@ -282,8 +208,8 @@ class _WindowLinearFunction(Function):
         o = _empty(v, B, T, H, V)
         mass = torch.empty(B, T, H)
         hT = torch.empty(setting.numbers["N"], G, F, V + 1) if final else None
-        _run("subquad_window_linear", setting.struct(q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, h0=_pointer(h0), hT=_pointer(hT),
-                                                     F=F, mode=_mode(g)))  # fmt: skip
+        setting.run("subquad_window_linear", q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, h0=_pointer(h0), hT=_pointer(hT), F=F,
+                    mode=_mode(g))  # fmt: skip
         ctx.save_for_backward(q, k, v, fq, fk, mix, g, sk, sv, h0, o, mass)
         ctx.setting = setting
         return o.to(v.dtype), hT
@@ -301,9 +227,9 @@ class _WindowLinearFunction(Function):
         dfq, dfk, dmix = _empty(fq, *fq.shape), _empty(fk, *fk.shape).zero_(), torch.empty(mix.shape)
         dg = None if g is None else torch.empty(g.shape)
         dh0 = None if h0 is None else torch.empty_like(h0)
-        _run("subquad_window_linear_backward",
-             ctx.setting.struct(q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, h0=_pointer(h0), dhT=_pointer(dhT), dh0=_pointer(dh0),
-                                dout=do, dfq=dfq, dfk=dfk, dmix=dmix, dg=dg, F=fk.shape[3], mode=_mode(g), need_window=int(inner), **window))  # fmt: skip
+        ctx.setting.run("subquad_window_linear_backward", q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, h0=_pointer(h0),
+                        dhT=_pointer(dhT), dh0=_pointer(dh0), dout=do, dfq=dfq, dfk=dfk, dmix=dmix, dg=dg, F=fk.shape[3], mode=_mode(g),
+                        need_window=int(inner), **window)  # fmt: skip
         give = lambda name, x: window[name].to(x.dtype) if name in window else None  # noqa: E731
         return (give("dq", q), give("dk", k), give("dv", v), dfq.to(fq.dtype), dfk.to(fk.dtype), dmix, dg, give("dsk", sk), give("dsv", sv), dh0,
                 None, None)  # fmt: skip
@@ -313,17 +239,7 @@ def window_linear(
     q, k, v, fq, fk, mix, log_decay=None, *, window, sinks=0, scale=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, initial_state=None,
     output_final_state=False, cu_seqlens=None,
 ):  # fmt: skip
-    own = sink_k_BNGK is not None
-    setting = _Setting(
-        q,
-        k,
-        window=window,
-        sinks=sink_k_BNGK.shape[1] if own else sinks,
-        scale=scale,
-        position=position,
-        own_sinks=own,
-        cu_seqlens=cu_seqlens,
-    )
+    setting = _Setting(q, k, sink_k_BNGK, window=window, sinks=sinks, scale=scale, position=position, cu_seqlens=cu_seqlens)
     return _WindowLinearFunction.apply(
         _rows(q), _rows(k), _rows(v), _rows(fq), _rows(fk), _fp32(mix), _fp32(log_decay), _rows(sink_k_BNGK), _rows(sink_v_BNGV),
         _fp32(initial_state), setting, output_final_state,

@@ -1,4 +1,4 @@
-"""C++: the additive recurrence, chunk by chunk, forward and backward; op 1, and the linear half of op 5.
+"""C++: the additive recurrence, chunk by chunk, forward and backward: op 1, the linear half of op 5, and what op 2 (delta_source.py) builds on.
 
 Within a chunk, c_t is the running sum of log decays. No exponential of a difference is taken: pair decays are running products of exp(g_t) <= 1, so
 nothing overflows however strong the decay, and vanishing products are zeros. Backward walks the chunks from the end with the states before each
@@ -8,15 +8,24 @@ chunk recomputed. Gradients of log decays are prefix or suffix sums inside a chu
 SOURCE = r"""
 enum { PLAIN = 0, SCALAR = 1, VECTOR = 2 };
 
+struct LinearArgs {  // ops 1 and 2
+  Tensor q, k, v, g, beta, o, dq, dk, dv, dg, dbeta;  // backward: o is the gradient of the output
+  const float *h0, *dhT;
+  float *hT, *dh0;
+  const int64_t* seq;  // [N, 3]: row, first token, end
+  int64_t N, G, R, K, V, mode, threads;
+  double scale;
+};
+
 struct Linear {  // one (sequence, key/value head)
   int K, V, Kp, Vp, mode, n;  // n: rows of a chunk
   bool sums;                  // also sums of features (the denominator): z
-  float *S, *z, *kT, *kk, *kw, *vv, *D, *ec, *wr, *fade, *e, *P, *qs;
+  float *S, *z, *kT, *kk, *kw, *vv, *u, *D, *ec, *wr, *fade, *e, *P, *qs;  // u: values as they are written
   bool empty = true;  // S and z are zeros
 
-  Linear(int K, int V, int mode, bool sums) : K(K), V(V), Kp(up(K)), Vp(up(V)), mode(mode), n(mode == VECTOR ? 16 : 64), sums(sums) {
+  Linear(int K, int V, int mode, bool sums = false) : K(K), V(V), Kp(up(K)), Vp(up(V)), mode(mode), n(mode == VECTOR ? 16 : 64), sums(sums) {
     S = arena.zeros(Kp * Vp), z = arena.zeros(Kp);
-    kT = arena.get(Kp * n), kk = arena.get(Kp * n), kw = arena.get(Kp * n), vv = arena.get(n * Vp);
+    kT = arena.get(Kp * n), kk = arena.get(Kp * n), kw = arena.get(Kp * n), u = vv = arena.get(n * Vp);
     D = arena.zeros(n * n), P = arena.zeros(n * n), qs = arena.get(n * Kp);
     int width = mode == VECTOR ? Kp : 1;
     ec = arena.get(n * width), wr = arena.get(n * width), e = arena.get(n * width), fade = arena.get(Kp);
@@ -53,6 +62,10 @@ struct Linear {  // one (sequence, key/value head)
     load_tile(k, b, from, h, n, K, lo, hi, kk);
     load_tile(v, b, from, h, n, V, lo, hi, vv);
     if (mode != VECTOR) transpose(n, Kp, kk, Kp, kT, n);
+  }
+  void load(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
+    decays(a.g, b, t, h, lo, hi);
+    keys(a.k, a.v, b, t, h, lo, hi);
   }
   void mask_rows(float* X) {
     for (int i = 0; i < n; i++) {
@@ -97,9 +110,9 @@ struct Linear {  // one (sequence, key/value head)
       gemm<false, false>(n, Vp, Kp, q, ldq, S, Vp, out, Vp);
       if (mode == SCALAR)
         for (int t = 0; t < n; t++) scale_row(out + t * Vp, ec[t], Vp);
-      lower_rows<true>(n, Vp, P, n, vv, Vp, out, Vp);
+      lower_rows<true>(n, Vp, P, n, u, Vp, out, Vp);
     } else
-      lower_rows<false>(n, Vp, P, n, vv, Vp, out, Vp);
+      lower_rows<false>(n, Vp, P, n, u, Vp, out, Vp);
     if (den)
       for (int t = 0; t < n; t++) {
         vf s = {};
@@ -122,7 +135,7 @@ struct Linear {  // one (sequence, key/value head)
   void write() {
     weighted_keys();
     fade_state(S, z);
-    gemm<true, true>(Kp, Vp, n, written(), Kp, vv, Vp, S, Vp);
+    gemm<true, true>(Kp, Vp, n, written(), Kp, u, Vp, S, Vp);
     if (sums)
       for (int t = 0; t < n; t++) axpy(z, 1.0f, written() + t * Kp, Kp);
     empty = false;
@@ -131,21 +144,21 @@ struct Linear {  // one (sequence, key/value head)
 
 struct LinearBackward {  // around a Linear whose S, z are the state before the chunk at hand
   Linear& l;
-  float *dS, *dz, *ST, *dST, *vT, *G, *dq, *dk, *dv, *dec, *tmp, *un;
+  float *dS, *dz, *ST, *dST, *uT, *G, *dq, *dk, *dv, *dec, *tmp, *un;  // dv: gradient of u
   LinearBackward(Linear& l) : l(l) {
     int n = l.n, Kp = l.Kp, Vp = l.Vp;
-    dS = arena.zeros(Kp * Vp), dz = arena.zeros(Kp), ST = arena.get(Kp * Vp), dST = arena.get(Kp * Vp), vT = arena.get(Vp * n);
+    dS = arena.zeros(Kp * Vp), dz = arena.zeros(Kp), ST = arena.get(Kp * Vp), dST = arena.get(Kp * Vp), uT = arena.get(Vp * n);
     G = arena.zeros(n * n), dq = arena.get(n * Kp), dk = arena.get(n * Kp), dv = arena.get(n * Vp), tmp = arena.get(n * Kp), un = arena.get(Kp);
     dec = arena.get(n * (l.mode == VECTOR ? Kp : 1));
   }
-  // After keys() and decays(): what the state after the chunk asks of keys, values, decays; then dS becomes the gradient of S before it, queries missing.
+  // After load(): what the state after the chunk asks of keys, values, decays; then dS becomes the gradient of S before it, queries missing.
   void begin() {
     int n = l.n, Kp = l.Kp, Vp = l.Vp;
-    transpose(n, Vp, l.vv, Vp, vT, n);
+    transpose(n, Vp, l.u, Vp, uT, n);
     transpose(Kp, Vp, l.S, Vp, ST, Kp);
     transpose(Kp, Vp, dS, Vp, dST, Kp);
     l.weighted_keys();
-    gemm<false, false>(n, Kp, Vp, l.vv, Vp, dST, Kp, dk, Kp);
+    gemm<false, false>(n, Kp, Vp, l.u, Vp, dST, Kp, dk, Kp);
     if (l.sums)
       for (int t = 0; t < n; t++) axpy(dk + t * Kp, 1.0f, dz, Kp);
     gemm<false, false>(n, Vp, Kp, l.written(), Kp, dS, Vp, dv, Vp);
@@ -178,7 +191,7 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
     if (l.mode == VECTOR) return vector_head(q, ldq, d, dd);
     int n = l.n, Kp = l.Kp, Vp = l.Vp;
     lower_product(n, Kp, q, ldq, l.kT, l.P);
-    lower_product(n, Vp, d, Vp, vT, G);
+    lower_product(n, Vp, d, Vp, uT, G);
     l.mask_rows(l.P);
     for (int t = 0; dd && t < n; t++)
       for (int j = 0; j < up(t / MR * MR + MR) && j < n; j += L) st(G + t * n + j, ld(G + t * n + j) + dd[t]);
@@ -214,7 +227,7 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
   void vector_head(const float* q, int64_t ldq, const float* d, const float* dd) {
     int n = l.n, Kp = l.Kp, Vp = l.Vp;
     l.products(q, ldq);
-    lower_product(n, Vp, d, Vp, vT, G);
+    lower_product(n, Vp, d, Vp, uT, G);
     float* extra = tmp;  // [n, Kp] gradient of the running sum of log decays at each row
     memset(extra, 0, 4 * n * Kp);
     gemm<false, false>(n, Kp, Vp, d, Vp, ST, Kp, dq, Kp);
@@ -256,19 +269,16 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
     if (dd)
       for (int t = 0; t < n; t++) axpy(dz, dd[t], l.qs + t * Kp, Kp);
   }
+  void finish() {}  // after all heads
+  void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
+    store_tile(a.dk, b, t, h, l.n, a.K, lo, hi, dk);
+    store_tile(a.dv, b, t, h, l.n, a.V, lo, hi, dv);
+    store_decay(a.dg, b, t, h, lo, hi);
+  }
   void store_decay(const Tensor& dg, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
     if (l.mode == SCALAR) store_column(dg, b, t, h, l.n, lo, hi, dec);
     if (l.mode == VECTOR) store_tile(dg, b, t, h, l.n, l.K, lo, hi, dec);
   }
-};
-
-struct AdditiveArgs {
-  Tensor q, k, v, g, o, dq, dk, dv, dg;  // backward: o is the gradient of the output
-  const float *h0, *dhT;
-  float *hT, *dh0;
-  const int64_t* seq;  // [N, 3]: row, first token, end
-  int64_t N, G, R, K, V, mode, threads;
-  double scale;
 };
 
 // States of several heads behind one set of tiles.
@@ -282,8 +292,7 @@ struct Heads {
   void put(int64_t h) { empty[h - first] = l.empty; }
 };
 
-template <class Args>
-static Ahead next_rows(const Args& a, int64_t b, int64_t t, int64_t h, int rows, int64_t hi) {
+static Ahead next_rows(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int rows, int64_t hi) {
   Ahead ahead;
   ahead.want(a.k, b, t, h, rows, a.K, hi);
   ahead.want(a.v, b, t, h, rows, a.V, hi);
@@ -291,11 +300,11 @@ static Ahead next_rows(const Args& a, int64_t b, int64_t t, int64_t h, int rows,
   return ahead;
 }
 
-extern "C" void subquad_additive(const AdditiveArgs* pa) {
-  const AdditiveArgs& a = *pa;
+template <class Cell>
+static void forward(const LinearArgs& a) {
   parallel_heads(a.N, a.G, a.threads, [&](int64_t s, int64_t h0, int64_t h1) {
     int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V;
-    Linear l(a.K, a.V, a.mode, false);
+    Cell l(a.K, a.V, a.mode);
     Heads heads(l, h0, h1);
     float *q = arena.get(l.n * l.Kp), *out = arena.get(l.n * l.Vp);
     for (int64_t h = h0; a.h0 && h < h1; h++) {
@@ -306,8 +315,7 @@ extern "C" void subquad_additive(const AdditiveArgs* pa) {
     for (int64_t t = lo; t < hi; t += l.n)
       for (int64_t h = h0; h < h1; h++) {
         heads.take(h);
-        l.decays(a.g, b, t, h, lo, hi);
-        l.keys(a.k, a.v, b, t, h, lo, hi);
+        l.load(a, b, t, h, lo, hi);
         Ahead ahead = next_rows(a, b, h + 1 < h1 ? t : t + l.n, h + 1 < h1 ? h + 1 : h0, l.n, hi);
         for (int64_t r = 0; r < a.R; r++) {
           load_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, q);
@@ -321,28 +329,27 @@ extern "C" void subquad_additive(const AdditiveArgs* pa) {
   });
 }
 
-extern "C" void subquad_additive_backward(const AdditiveArgs* pa) {
-  const AdditiveArgs& a = *pa;
+template <class Cell, class Backward>
+static void backward(const LinearArgs& a) {
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
     int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
-    Linear l(a.K, a.V, a.mode, false);
-    LinearBackward w(l);
+    Cell l(a.K, a.V, a.mode);
+    Backward w(l);
     if (a.h0) load_state(a.h0 + task * a.K * a.V, a.K, a.V, a.V, l.S);
     if (a.dhT) load_state(a.dhT + task * a.K * a.V, a.K, a.V, a.V, w.dS);
+    l.empty = false;
     int64_t chunks = (hi - lo + l.n - 1) / l.n, size = l.Kp * l.Vp;
     float *states = arena.get(chunks * size + 1), *buf = arena.get(l.n * l.Kp), *d = arena.get(l.n * l.Vp);
     for (int64_t i = 0; i < chunks; i++) {
       memcpy(states + i * size, l.S, 4 * size);
       if (i + 1 == chunks) break;
-      l.decays(a.g, b, lo + i * l.n, h, lo, hi);
-      l.keys(a.k, a.v, b, lo + i * l.n, h, lo, hi);
+      l.load(a, b, lo + i * l.n, h, lo, hi);
       l.write();
     }
     for (int64_t i = chunks - 1; i >= 0; i--) {
       int64_t t = lo + i * l.n;
       l.S = states + i * size;
-      l.decays(a.g, b, t, h, lo, hi);
-      l.keys(a.k, a.v, b, t, h, lo, hi);
+      l.load(a, b, t, h, lo, hi);
       w.begin();
       for (int64_t r = 0; r < a.R; r++) {
         const float* q = borrow_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, buf, ld);
@@ -350,11 +357,13 @@ extern "C" void subquad_additive_backward(const AdditiveArgs* pa) {
         w.head(q, ld, d, nullptr);
         store_tile(a.dq, b, t, h * a.R + r, l.n, a.K, lo, hi, w.dq);
       }
-      store_tile(a.dk, b, t, h, l.n, a.K, lo, hi, w.dk);
-      store_tile(a.dv, b, t, h, l.n, a.V, lo, hi, w.dv);
-      w.store_decay(a.dg, b, t, h, lo, hi);
+      w.finish();
+      w.store(a, b, t, h, lo, hi);
     }
     if (a.dh0) store_state(a.dh0 + task * a.K * a.V, a.K, a.V, a.V, w.dS);
   });
 }
+
+extern "C" void subquad_additive(const LinearArgs* a) { forward<Linear>(*a); }
+extern "C" void subquad_additive_backward(const LinearArgs* a) { backward<Linear, LinearBackward>(*a); }
 """

@@ -11,7 +11,7 @@ SOURCE = r"""
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <optional>
 #include <thread>
 #include <vector>
 #if defined(__SSE2__)

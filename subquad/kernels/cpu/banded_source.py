@@ -1,4 +1,4 @@
-"""C++: banded attention (op 3) and window + sinks + linear under one normaliser (op 5), forward and backward, 64 queries at a time.
+"""C++: banded attention, forward and backward, 64 queries at a time: op 3, and the window's half of op 5 (window_linear_source.py).
 
 Keys are kept in blocks of 64, transposed once and reused by every query block that sees them. Coordinates are those of the queries: slot x >= 0 is
 the token of query x, x < 0 an earlier one. A block of 8 queries multiplies only the columns that its band covers.
@@ -16,7 +16,7 @@ struct WindowArgs {
   const int64_t* seq;
   int64_t N, G, R, K, V, F, mode, threads;
   int64_t window, sinks, before, position;  // before: slots in front of the first query; sinks from the first tokens when own_sinks is 0
-  int64_t own_sinks, linear, need_window;
+  int64_t own_sinks, need_window;
   double scale;
 };
 constexpr int BQ = 64;
@@ -246,200 +246,44 @@ static void store_window(const WindowArgs& a, WindowBackward& w, int64_t b, int6
   store_tile(a.dv, b, f.ks - a.before, h, a.before + hi - lo, a.V, 0, INT64_MAX, w.dV + w.row(-a.before) * f.Vp);
 }
 
+// Rows gives what the gradients of a head's rows t .. t + 63 start from: load(t, head) fills d, dd and given as WindowBackward::block takes them.
+template <class Rows>
+static void window_backward(const WindowArgs& a, Window& f, WindowBackward& w, Rows& rows) {
+  int64_t ld;
+  float *buf = arena.get(BQ * f.Kp), *dq = arena.get(BQ * f.Kp);
+  f.have = f.first_block(0);
+  for (int64_t i = 0, t = f.lo; t < f.hi; i++, t += BQ) {
+    for (; f.have <= i; f.have++) w.load_block(f.have);
+    for (int64_t r = 0; r < a.R; r++) {
+      int64_t head = f.h * a.R + r;
+      const float* q = borrow_tile(a.q, f.b, t, head, BQ, a.K, f.lo, f.hi, buf, ld);
+      rows.load(t, head, BQ);
+      w.block(i, q, ld, rows.d, rows.dd, rows.given, dq);
+      store_tile(a.dq, f.b, t, head, BQ, a.K, f.lo, f.hi, dq);
+    }
+  }
+  store_window(a, w, f.b, f.h, f.lo, f.hi);
+}
+
+struct BandedRows {
+  const WindowArgs& a;
+  int64_t b, lo, hi;
+  float *d, dd[BQ], given[BQ];
+  void load(int64_t t, int64_t head, int rows) {
+    load_tile(a.dout, b, t, head, rows, a.V, lo, hi, d);
+    load_column(a.dden, b, t, head, rows, lo, hi, dd);
+    load_column(a.top, b, t, head, rows, lo, hi, given, INFINITY);
+  }
+};
+
 extern "C" void subquad_banded_backward(const WindowArgs* pa) {
   const WindowArgs& a = *pa;
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
+    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
     Window f(a, b, h, lo, hi);
     WindowBackward w(f);
-    float *buf = arena.get(BQ * f.Kp), *dq = arena.get(BQ * f.Kp), *d = arena.get(BQ * f.Vp), dd[BQ], top[BQ];
-    f.have = f.first_block(0);
-    for (int64_t i = 0, t = lo; t < hi; i++, t += BQ) {
-      for (; f.have <= i; f.have++) w.load_block(f.have);
-      for (int64_t r = 0; r < a.R; r++) {
-        int64_t head = h * a.R + r;
-        const float* q = borrow_tile(a.q, b, t, head, BQ, a.K, lo, hi, buf, ld);
-        load_tile(a.dout, b, t, head, BQ, a.V, lo, hi, d);
-        load_column(a.dden, b, t, head, BQ, lo, hi, dd);
-        load_column(a.top, b, t, head, BQ, lo, hi, top, INFINITY);
-        w.block(i, q, ld, d, dd, top, dq);
-        store_tile(a.dq, b, t, head, BQ, a.K, lo, hi, dq);
-      }
-    }
-    store_window(a, w, b, h, lo, hi);
-  });
-}
-
-// Slot x leaves the window at query x + window. Keys of the linear half for query block i are slots i * 64 - window ..; of those that are no sinks.
-static void left_bounds(const WindowArgs& a, int64_t ks, int64_t lo, int64_t hi, int64_t& from, int64_t& to) {
-  int64_t x = a.sinks - a.position > -a.before ? a.sinks - a.position : -a.before;
-  from = ks + x, to = ks + hi - lo - a.window;  // later ones leave after the last query
-}
-static bool older(const WindowArgs& a, int64_t t) { return a.position + t - a.window >= a.sinks; }  // has anything left before or at query t
-
-extern "C" void subquad_window_linear(const WindowArgs* pa) {
-  const WindowArgs& a = *pa;
-  parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld, from, to;
-    Window w(a, b, h, lo, hi);
-    Linear l(a.F, a.V, a.mode, true);
-    int V1 = a.V + 1;
-    if (a.h0) {
-      const float* src = a.h0 + task * a.F * V1;
-      load_state(src, a.F, a.V, V1, l.S), l.empty = false;
-      for (int f = 0; f < a.F; f++) l.z[f] = src[f * V1 + a.V];
-    }
-    left_bounds(a, w.ks, lo, hi, from, to);
-    float *tile = arena.get(BQ * w.Kp), *buf = arena.get(BQ * w.Kp), *out = arena.get(BQ * w.Vp), *y = arena.get(BQ * w.Vp);
-    float *fbuf = arena.get(l.n * l.Kp), den[BQ], top[BQ], yden[BQ], mix[BQ], mass[BQ];
-    float* heads = arena.get(l.mode == VECTOR ? a.R * BQ * (w.Vp + 1) : 1);  // sub-chunks of 16 for all heads, before the window's 64
-    w.have = w.first_block(0);
-    for (int64_t i = 0, t = lo; t < hi; i++, t += BQ) {
-      for (; w.have <= i; w.have++) w.load_block(w.have, tile);
-      bool some = older(a, i * BQ + BQ - 1) || !l.empty;
-      for (int c = 0; some && c < BQ; c += l.n) {
-        l.decays(a.g, b, t + c, h, lo, hi);
-        l.keys(a.fk, a.v, b, w.ks + i * BQ + c - a.window, h, from, to);
-        if (l.mode != VECTOR) break;  // one chunk: read below, while its products are at hand
-        for (int64_t r = 0; r < a.R; r++) {
-          float* mine = heads + r * BQ * (w.Vp + 1);
-          const float* fq = borrow_tile(a.fq, b, t + c, h * a.R + r, l.n, a.F, lo, hi, fbuf, ld);
-          l.read(fq, ld, mine + c * w.Vp, mine + BQ * w.Vp + c);
-        }
-        if (t + c < hi) l.write();
-      }
-      for (int64_t r = 0; r < a.R; r++) {
-        int64_t head = h * a.R + r;
-        const float* q = borrow_tile(a.q, b, t, head, BQ, a.K, lo, hi, buf, ld);
-        w.forward(i, q, ld, out, den, top);
-        const float *yr = y, *dr = yden;
-        if (some && l.mode == VECTOR) yr = heads + r * BQ * (w.Vp + 1), dr = yr + BQ * w.Vp;
-        else if (some) {
-          const float* fq = borrow_tile(a.fq, b, t, head, BQ, a.F, lo, hi, fbuf, ld);
-          l.read(fq, ld, y, yden);
-        }
-        load_column(a.mix, b, t, head, BQ, lo, hi, mix);
-        for (int m = 0; m < BQ && t + m < hi; m++) {
-          bool both = some && older(a, i * BQ + m);
-          float high = both && mix[m] > top[m] ? mix[m] : top[m];
-          float p = exp1(top[m] - high), c = both ? exp1(mix[m] - high) : 0.0f, total = p * den[m] + (both ? c * dr[m] : 0.0f);
-          if (total < 1.17549435e-38f) total = 1.17549435e-38f;
-          mass[m] = high + logf(total);
-          float* o = out + m * w.Vp;
-          if (both) for (int v = 0; v < w.Vp; v += L) st(o + v, (p * ::ld(o + v) + c * ::ld(yr + m * w.Vp + v)) / total);
-          else for (int v = 0; v < w.Vp; v += L) st(o + v, ::ld(o + v) / total);
-        }
-        store_tile(a.o, b, t, head, BQ, a.V, lo, hi, out);
-        if (a.top.p) store_column(a.top, b, t, head, BQ, lo, hi, mass);
-      }
-      if (some && l.mode != VECTOR && (a.hT || t + BQ < hi)) l.write();
-    }
-    if (a.hT) {
-      float* dst = a.hT + task * a.F * V1;
-      store_state(dst, a.F, a.V, V1, l.S);
-      for (int f = 0; f < a.F; f++) dst[f * V1 + a.V] = l.z[f];
-    }
-  });
-}
-
-// -a.b per row, summed in the order of a product of tiles: where one weight is 1 the two cancel exactly.
-static void row_dots(int rows, int V, const float* a, const float* b, float* out) {
-  for (int i = 0; i < rows; i += 8) {
-    float s[8] = {0};
-    for (int k = 0; k < V; k++)
-      for (int m = 0; m < 8; m++) s[m] += a[(i + m) * V + k] * b[(i + m) * V + k];
-    for (int m = 0; m < 8; m++) out[i + m] = -s[m];
-  }
-}
-
-extern "C" void subquad_window_linear_backward(const WindowArgs* pa) {
-  const WindowArgs& a = *pa;
-  parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld, from, to;
-    Linear l(a.F, a.V, a.mode, true);
-    LinearBackward w(l);
-    int V1 = a.V + 1, Vp = l.Vp, n = l.n;
-    int64_t ks = lo + a.before;
-    if (a.h0) {
-      const float* src = a.h0 + task * a.F * V1;
-      load_state(src, a.F, a.V, V1, l.S);
-      for (int f = 0; f < a.F; f++) l.z[f] = src[f * V1 + a.V];
-    }
-    if (a.dhT) {
-      const float* src = a.dhT + task * a.F * V1;
-      load_state(src, a.F, a.V, V1, w.dS);
-      for (int f = 0; f < a.F; f++) w.dz[f] = src[f * V1 + a.V];
-    }
-    left_bounds(a, ks, lo, hi, from, to);
-    int64_t chunks = (hi - lo + n - 1) / n, size = l.Kp * Vp;
-    float *states = arena.get(chunks * (size + l.Kp) + 1), *fbuf = arena.get(n * l.Kp), *d = arena.get(BQ * Vp), *o = arena.get(BQ * Vp);
-    float mass[BQ], mix[BQ], dd[BQ], dmix[BQ];
-    for (int64_t i = 0; i < chunks; i++) {
-      memcpy(states + i * (size + l.Kp), l.S, 4 * size), memcpy(states + i * (size + l.Kp) + size, l.z, 4 * l.Kp);
-      if (i + 1 == chunks) break;
-      l.decays(a.g, b, lo + i * n, h, lo, hi);
-      l.keys(a.fk, a.v, b, ks + i * n - a.window, h, from, to);
-      l.write();
-    }
-    Window* win = nullptr;
-    WindowBackward* back = nullptr;
-    Window* place = (Window*)arena.get(sizeof(Window) / 4 + 16);
-    WindowBackward* place2 = (WindowBackward*)arena.get(sizeof(WindowBackward) / 4 + 16);
-    if (a.need_window) win = new (place) Window(a, b, h, lo, hi), back = new (place2) WindowBackward(*win);
-    auto gradients = [&](int64_t t, int64_t head, int rows) {  // d: gradient of the output; dd: minus d.o
-      load_tile(a.dout, b, t, head, rows, a.V, lo, hi, d);
-      load_tile(a.o, b, t, head, rows, a.V, lo, hi, o);
-      row_dots(rows, Vp, d, o, dd);
-      load_column(a.top, b, t, head, rows, lo, hi, mass, INFINITY);
-    };
-    for (int64_t i = chunks - 1; i >= 0; i--) {
-      int64_t t = lo + i * n;
-      l.S = states + i * (size + l.Kp), l.z = l.S + size;
-      l.decays(a.g, b, t, h, lo, hi);
-      l.keys(a.fk, a.v, b, ks + i * n - a.window, h, from, to);
-      w.begin();
-      for (int64_t r = 0; r < a.R; r++) {
-        int64_t head = h * a.R + r;
-        gradients(t, head, n);
-        load_column(a.mix, b, t, head, n, lo, hi, mix);
-        for (int m = 0; m < n; m++) {
-          float c = older(a, i * n + m) ? exp1(mix[m] - mass[m]) : 0.0f;
-          dd[m] *= c;
-          scale_row(d + m * Vp, c, Vp);
-        }
-        const float* fq = borrow_tile(a.fq, b, t, head, n, a.F, lo, hi, fbuf, ld);
-        w.head(fq, ld, d, dd);
-        for (int m = 0; m < n; m++) dmix[m] = dot(fq + m * ld, w.dq + m * l.Kp, l.Kp);
-        store_tile(a.dfq, b, t, head, n, a.F, lo, hi, w.dq);
-        store_column(a.dmix, b, t, head, n, lo, hi, dmix);
-      }
-      store_tile(a.dfk, b, ks + i * n - a.window, h, n, a.F, from, to, w.dk);
-      w.store_decay(a.dg, b, t, h, lo, hi);
-      if (back)
-        for (int m = 0; m < n; m++) {
-          int64_t x = i * n + m - a.window;
-          if (ks + x >= from && ks + x < to) axpy(back->dV + back->row(x) * Vp, 1.0f, w.dv + m * Vp, Vp);
-        }
-    }
-    if (a.dh0) {
-      float* dst = a.dh0 + task * a.F * V1;
-      store_state(dst, a.F, a.V, V1, w.dS);
-      for (int f = 0; f < a.F; f++) dst[f * V1 + a.V] = w.dz[f];
-    }
-    if (!back) return;
-    float *buf = arena.get(BQ * win->Kp), *dq = arena.get(BQ * win->Kp);
-    win->have = win->first_block(0);
-    for (int64_t i = 0, t = lo; t < hi; i++, t += BQ) {
-      for (; win->have <= i; win->have++) back->load_block(win->have);
-      for (int64_t r = 0; r < a.R; r++) {
-        int64_t head = h * a.R + r;
-        const float* q = borrow_tile(a.q, b, t, head, BQ, a.K, lo, hi, buf, ld);
-        gradients(t, head, BQ);
-        back->block(i, q, ld, d, dd, mass, dq);
-        store_tile(a.dq, b, t, head, BQ, a.K, lo, hi, dq);
-      }
-    }
-    store_window(a, *back, b, h, lo, hi);
+    BandedRows rows{a, b, lo, hi, arena.get(BQ * f.Vp)};
+    window_backward(a, f, w, rows);
   });
 }
 """

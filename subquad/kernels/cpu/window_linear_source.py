@@ -1,0 +1,166 @@
+"""C++: window + sinks + linear under one normaliser, forward and backward: op 5, out of Window (banded_source.py) and Linear (linear_source.py).
+
+Both halves see the same 64 queries; the linear half's keys are those that leave the window meanwhile.
+"""
+
+SOURCE = r"""
+// Slot x leaves the window at query x + window. Keys of the linear half for query block i are slots i * 64 - window ..; of those that are no sinks.
+static void left_bounds(const WindowArgs& a, int64_t ks, int64_t lo, int64_t hi, int64_t& from, int64_t& to) {
+  int64_t x = a.sinks - a.position > -a.before ? a.sinks - a.position : -a.before;
+  from = ks + x, to = ks + hi - lo - a.window;  // later ones leave after the last query
+}
+static bool older(const WindowArgs& a, int64_t t) { return a.position + t - a.window >= a.sinks; }  // has anything left before or at query t
+
+// The state as callers hold it: column V of a feature's row is the sum of features, z.
+static void load_sums(const float* src, int F, int V, float* S, float* z) {
+  load_state(src, F, V, V + 1, S);
+  for (int f = 0; f < F; f++) z[f] = src[f * (V + 1) + V];
+}
+static void store_sums(float* dst, int F, int V, const float* S, const float* z) {
+  store_state(dst, F, V, V + 1, S);
+  for (int f = 0; f < F; f++) dst[f * (V + 1) + V] = z[f];
+}
+
+extern "C" void subquad_window_linear(const WindowArgs* pa) {
+  const WindowArgs& a = *pa;
+  parallel(a.N * a.G, a.threads, [&](int64_t task) {
+    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld, from, to;
+    Window w(a, b, h, lo, hi);
+    Linear l(a.F, a.V, a.mode, true);
+    int64_t size = a.F * (a.V + 1);
+    if (a.h0) load_sums(a.h0 + task * size, a.F, a.V, l.S, l.z), l.empty = false;
+    left_bounds(a, w.ks, lo, hi, from, to);
+    float *tile = arena.get(BQ * w.Kp), *buf = arena.get(BQ * w.Kp), *out = arena.get(BQ * w.Vp), *y = arena.get(BQ * w.Vp);
+    float *fbuf = arena.get(l.n * l.Kp), den[BQ], top[BQ], yden[BQ], mix[BQ], mass[BQ];
+    float* heads = arena.get(l.mode == VECTOR ? a.R * BQ * (w.Vp + 1) : 1);  // sub-chunks of 16 for all heads, before the window's 64
+    w.have = w.first_block(0);
+    for (int64_t i = 0, t = lo; t < hi; i++, t += BQ) {
+      for (; w.have <= i; w.have++) w.load_block(w.have, tile);
+      bool some = older(a, i * BQ + BQ - 1) || !l.empty;
+      for (int c = 0; some && c < BQ; c += l.n) {
+        l.decays(a.g, b, t + c, h, lo, hi);
+        l.keys(a.fk, a.v, b, w.ks + i * BQ + c - a.window, h, from, to);
+        if (l.mode != VECTOR) break;  // one chunk: read below, while its products are at hand
+        for (int64_t r = 0; r < a.R; r++) {
+          float* mine = heads + r * BQ * (w.Vp + 1);
+          const float* fq = borrow_tile(a.fq, b, t + c, h * a.R + r, l.n, a.F, lo, hi, fbuf, ld);
+          l.read(fq, ld, mine + c * w.Vp, mine + BQ * w.Vp + c);
+        }
+        if (t + c < hi) l.write();
+      }
+      for (int64_t r = 0; r < a.R; r++) {
+        int64_t head = h * a.R + r;
+        const float* q = borrow_tile(a.q, b, t, head, BQ, a.K, lo, hi, buf, ld);
+        w.forward(i, q, ld, out, den, top);
+        const float *yr = y, *dr = yden;
+        if (some && l.mode == VECTOR) yr = heads + r * BQ * (w.Vp + 1), dr = yr + BQ * w.Vp;
+        else if (some) {
+          const float* fq = borrow_tile(a.fq, b, t, head, BQ, a.F, lo, hi, fbuf, ld);
+          l.read(fq, ld, y, yden);
+        }
+        load_column(a.mix, b, t, head, BQ, lo, hi, mix);
+        for (int m = 0; m < BQ && t + m < hi; m++) {
+          bool both = some && older(a, i * BQ + m);
+          float high = both && mix[m] > top[m] ? mix[m] : top[m];
+          float p = exp1(top[m] - high), c = both ? exp1(mix[m] - high) : 0.0f, total = p * den[m] + (both ? c * dr[m] : 0.0f);
+          if (total < 1.17549435e-38f) total = 1.17549435e-38f;
+          mass[m] = high + logf(total);
+          float* o = out + m * w.Vp;
+          if (both) for (int v = 0; v < w.Vp; v += L) st(o + v, (p * ::ld(o + v) + c * ::ld(yr + m * w.Vp + v)) / total);
+          else for (int v = 0; v < w.Vp; v += L) st(o + v, ::ld(o + v) / total);
+        }
+        store_tile(a.o, b, t, head, BQ, a.V, lo, hi, out);
+        if (a.top.p) store_column(a.top, b, t, head, BQ, lo, hi, mass);
+      }
+      if (some && l.mode != VECTOR && (a.hT || t + BQ < hi)) l.write();
+    }
+    if (a.hT) store_sums(a.hT + task * size, a.F, a.V, l.S, l.z);
+  });
+}
+
+// -a.b per row, summed in the order of a product of tiles: where one weight is 1 the two cancel exactly.
+static void row_dots(int rows, int V, const float* a, const float* b, float* out) {
+  for (int i = 0; i < rows; i += 8) {
+    float s[8] = {0};
+    for (int k = 0; k < V; k++)
+      for (int m = 0; m < 8; m++) s[m] += a[(i + m) * V + k] * b[(i + m) * V + k];
+    for (int m = 0; m < 8; m++) out[i + m] = -s[m];
+  }
+}
+
+struct MixedRows {  // d: gradient of the output; dd: minus d.o; given: log of the whole mass
+  const WindowArgs& a;
+  int64_t b, lo, hi;
+  float *d, *o, dd[BQ], given[BQ];
+  void load(int64_t t, int64_t head, int rows) {
+    load_tile(a.dout, b, t, head, rows, a.V, lo, hi, d);
+    load_tile(a.o, b, t, head, rows, a.V, lo, hi, o);
+    row_dots(rows, up(a.V), d, o, dd);
+    load_column(a.top, b, t, head, rows, lo, hi, given, INFINITY);
+  }
+};
+
+// Features, gates and the state; what the state asks of values is added to `near` (null: nobody asks).
+static void older_backward(const WindowArgs& a, int64_t task, MixedRows& rows, WindowBackward* near) {
+  int64_t h = task % a.G, b = rows.b, lo = rows.lo, hi = rows.hi, ks = lo + a.before, ld, from, to;
+  Linear l(a.F, a.V, a.mode, true);
+  LinearBackward w(l);
+  int Vp = l.Vp, n = l.n;
+  if (a.h0) load_sums(a.h0 + task * a.F * (a.V + 1), a.F, a.V, l.S, l.z);
+  if (a.dhT) load_sums(a.dhT + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
+  left_bounds(a, ks, lo, hi, from, to);
+  int64_t chunks = (hi - lo + n - 1) / n, size = l.Kp * Vp;
+  float *states = arena.get(chunks * (size + l.Kp) + 1), *fbuf = arena.get(n * l.Kp), mix[BQ], dmix[BQ];
+  auto load = [&](int64_t i) {
+    l.decays(a.g, b, lo + i * n, h, lo, hi);
+    l.keys(a.fk, a.v, b, ks + i * n - a.window, h, from, to);
+  };
+  for (int64_t i = 0; i < chunks; i++) {
+    memcpy(states + i * (size + l.Kp), l.S, 4 * size), memcpy(states + i * (size + l.Kp) + size, l.z, 4 * l.Kp);
+    if (i + 1 == chunks) break;
+    load(i);
+    l.write();
+  }
+  for (int64_t i = chunks - 1; i >= 0; i--) {
+    int64_t t = lo + i * n;
+    l.S = states + i * (size + l.Kp), l.z = l.S + size;
+    load(i);
+    w.begin();
+    for (int64_t r = 0; r < a.R; r++) {
+      int64_t head = h * a.R + r;
+      rows.load(t, head, n);
+      load_column(a.mix, b, t, head, n, lo, hi, mix);
+      for (int m = 0; m < n; m++) {
+        float c = older(a, i * n + m) ? exp1(mix[m] - rows.given[m]) : 0.0f;
+        rows.dd[m] *= c;
+        scale_row(rows.d + m * Vp, c, Vp);
+      }
+      const float* fq = borrow_tile(a.fq, b, t, head, n, a.F, lo, hi, fbuf, ld);
+      w.head(fq, ld, rows.d, rows.dd);
+      for (int m = 0; m < n; m++) dmix[m] = dot(fq + m * ld, w.dq + m * l.Kp, l.Kp);
+      store_tile(a.dfq, b, t, head, n, a.F, lo, hi, w.dq);
+      store_column(a.dmix, b, t, head, n, lo, hi, dmix);
+    }
+    store_tile(a.dfk, b, ks + i * n - a.window, h, n, a.F, from, to, w.dk);
+    w.store_decay(a.dg, b, t, h, lo, hi);
+    for (int m = 0; near && m < n; m++) {
+      int64_t x = i * n + m - a.window;
+      if (ks + x >= from && ks + x < to) axpy(near->dV + near->row(x) * Vp, 1.0f, w.dv + m * Vp, Vp);
+    }
+  }
+  if (a.dh0) store_sums(a.dh0 + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
+}
+
+extern "C" void subquad_window_linear_backward(const WindowArgs* pa) {
+  const WindowArgs& a = *pa;
+  parallel(a.N * a.G, a.threads, [&](int64_t task) {
+    int64_t s = task / a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
+    std::optional<Window> window;
+    std::optional<WindowBackward> near;
+    if (a.need_window) window.emplace(a, b, task % a.G, lo, hi), near.emplace(*window);
+    MixedRows rows{a, b, lo, hi, arena.get(BQ * up(a.V)), arena.get(BQ * up(a.V))};
+    older_backward(a, task, rows, near ? &*near : nullptr);
+    if (near) window_backward(a, *window, *near, rows);
+  });
+}
+"""
