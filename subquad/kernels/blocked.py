@@ -37,7 +37,9 @@ def banded(
             seen = t - torch.arange(given["sink_k"].shape[1], device=k.device) >= window  # those that have left the query's window
             given["sink_seen_BTN"] = seen.expand(k.shape[0], -1, -1)
         logit = None if sink_logit_H is None else sink_logit_H.view(G, -1)
-        found = banded_blocks(q.unflatten(2, (G, -1)), k, v, window=window, scale=scale, weight=weight, softcap=softcap, sink_logit_GR=logit, **given)
+        found = banded_blocks(
+            q.unflatten(2, (G, -1)), k, v, window=window, scale=scale, weight=weight, softcap=softcap, sink_logit_GR=logit, **given
+        )
         return tuple(x.flatten(2, 3) for x in found), None
 
     return sequences(one, [q, k, v, log_forget_BXG], None, cu_seqlens)[0]

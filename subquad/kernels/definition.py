@@ -126,7 +126,9 @@ def window_linear_step(
     keys, values, _ = _with_sinks(k, v, sink_k_BNGK, sink_v_BNGV)
     all_ = torch.ones(1, 1, keys.shape[1], dtype=torch.bool, device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    numerator, denominator, top = (x[:, 0] for x in banded_definition(q.unflatten(1, (G, -1)).unsqueeze(1), keys, values, all_, scale=scale))
+    numerator, denominator, top = (
+        x[:, 0] for x in banded_definition(q.unflatten(1, (G, -1)).unsqueeze(1), keys, values, all_, scale=scale)
+    )
     if state is None:
         return (numerator / denominator[..., None]).flatten(1, 2)
     if log_decay is not None:

@@ -20,6 +20,12 @@ from subquad.kernels.dispatch import call
 from subquad.kernels.shapes import agree, decay, sequences
 
 
+def _run(op: str, backend: str, given: dict, more: dict, sizes: dict[str, int], **settings):
+    """Check that sizes agree, then run: tensors of `given` {name: (tensor or None, letters)} by position, of `more` by name."""
+    agree(op, given | more, **sizes)
+    return call(op, backend, *(x for x, _ in given.values()), **{name: x for name, (x, _) in more.items()}, **settings)
+
+
 def additive(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
@@ -38,16 +44,11 @@ def additive(
     log_decay: None, [B, T, G] or [B, T, G, K], natural log, <= 0, any size. initial_state [N, G, K, V] fp32.
     Returns (o [B, T, H, V] in out_dtype (None: the dtype of v), final state [N, G, K, V] fp32 or None). Differentiable in every tensor.
     """
-    given = dict(
-        q=(q_BTHK, "BTHK"),
-        k=(k_BTGK, "BTGK"),
-        v=(v_BTGV, "BTGV"),
-        log_decay=decay(log_decay, "BTGK"),
-        initial_state=(initial_state, "NGKV"),
-    )
-    agree("additive", given, N=sequences(q_BTHK, cu_seqlens))
-    return call("additive", backend, q_BTHK, k_BTGK, v_BTGV, log_decay, scale=scale, initial_state=initial_state,
-                output_final_state=output_final_state, cu_seqlens=cu_seqlens, out_dtype=out_dtype)  # fmt: skip
+    given = dict(q=(q_BTHK, "BTHK"), k=(k_BTGK, "BTGK"), v=(v_BTGV, "BTGV"), log_decay=decay(log_decay, "BTGK"))
+    return _run(
+        "additive", backend, given, dict(initial_state=(initial_state, "NGKV")), dict(N=sequences(q_BTHK, cu_seqlens)),
+        scale=scale, output_final_state=output_final_state, cu_seqlens=cu_seqlens, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def delta(
@@ -68,13 +69,11 @@ def delta(
 
     Arguments and results otherwise as `additive`; beta in [0, 1]. Differentiable in every tensor.
     """
-    given = dict(
-        q=(q_BTHK, "BTHK"), k=(k_BTGK, "BTGK"), v=(v_BTGV, "BTGV"), beta=(beta_BTG, "BTG"), log_decay=(log_decay_BTG, "BTG"),
-        initial_state=(initial_state, "NGKV"),
+    given = dict(q=(q_BTHK, "BTHK"), k=(k_BTGK, "BTGK"), v=(v_BTGV, "BTGV"), beta=(beta_BTG, "BTG"), log_decay=(log_decay_BTG, "BTG"))
+    return _run(
+        "delta", backend, given, dict(initial_state=(initial_state, "NGKV")), dict(N=sequences(q_BTHK, cu_seqlens)),
+        scale=scale, output_final_state=output_final_state, cu_seqlens=cu_seqlens, out_dtype=out_dtype,
     )  # fmt: skip
-    agree("delta", given, N=sequences(q_BTHK, cu_seqlens))
-    return call("delta", backend, q_BTHK, k_BTGK, v_BTGV, beta_BTG, log_decay_BTG, scale=scale, initial_state=initial_state,
-                output_final_state=output_final_state, cu_seqlens=cu_seqlens, out_dtype=out_dtype)  # fmt: skip
 
 
 def banded(
@@ -111,14 +110,14 @@ def banded(
     position + t - n >= window on. scale None: K**-0.5. sink_logit_H: a learned logit that takes weight and has no value (softmax only).
     cu_seqlens needs X = T and position 0. `maximum` carries no gradient.
     """
-    given = dict(
-        q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"), log_forget=(log_forget_BXG, "BXG"), sink_k=(sink_k_BNGK, "BNGK"),
-        sink_v=(sink_v_BNGV, "BNGV"), sink_logit=(sink_logit_H, "H"),
+    given = dict(q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"))
+    more = dict(
+        log_forget_BXG=(log_forget_BXG, "BXG"), sink_k_BNGK=(sink_k_BNGK, "BNGK"), sink_v_BNGV=(sink_v_BNGV, "BNGV"), sink_logit_H=(sink_logit_H, "H"),
     )  # fmt: skip
-    agree("banded", given)
-    return call("banded", backend, q_BTHK, k_BXGK, v_BXGV, window=window, sinks=sinks, scale=scale, weight=weight, log_forget_BXG=log_forget_BXG,
-                position=position, sink_k_BNGK=sink_k_BNGK, sink_v_BNGV=sink_v_BNGV, softcap=softcap, sink_logit_H=sink_logit_H,
-                cu_seqlens=cu_seqlens)  # fmt: skip
+    return _run(
+        "banded", backend, given, more, {}, window=window, sinks=sinks, scale=scale, weight=weight, position=position, softcap=softcap,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
 
 
 def window_linear(
@@ -157,12 +156,13 @@ def window_linear(
     """
     given = dict(
         q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"), fq=(fq_BTHF, "BTHF"), fk=(fk_BXGF, "BXGF"), mix=(mix_BTH, "BTH"),
-        log_decay=decay(log_decay, "BTGF"), sink_k=(sink_k_BNGK, "BSGK"), sink_v=(sink_v_BNGV, "BSGV"), initial_state=(initial_state, "NGFW"),
+        log_decay=decay(log_decay, "BTGF"),
     )  # fmt: skip
-    agree("window_linear", given, N=sequences(q_BTHK, cu_seqlens), W=v_BXGV.shape[-1] + 1)
-    return call("window_linear", backend, q_BTHK, k_BXGK, v_BXGV, fq_BTHF, fk_BXGF, mix_BTH, log_decay, window=window, sinks=sinks, scale=scale,
-                position=position, sink_k_BNGK=sink_k_BNGK, sink_v_BNGV=sink_v_BNGV, initial_state=initial_state,
-                output_final_state=output_final_state, cu_seqlens=cu_seqlens)  # fmt: skip
+    more = dict(sink_k_BNGK=(sink_k_BNGK, "BSGK"), sink_v_BNGV=(sink_v_BNGV, "BSGV"), initial_state=(initial_state, "NGFW"))
+    return _run(
+        "window_linear", backend, given, more, dict(N=sequences(q_BTHK, cu_seqlens), W=v_BXGV.shape[-1] + 1),
+        window=window, sinks=sinks, scale=scale, position=position, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
 
 
 def additive_step(
@@ -177,8 +177,7 @@ def additive_step(
 ) -> Tensor:
     """One token of `additive`; `state` (fp32, contiguous) is updated in place. log_decay [B, G] or [B, G, K]. Returns o [B, H, V] fp32. No gradient."""
     given = dict(q=(q_BHK, "BHK"), k=(k_BGK, "BGK"), v=(v_BGV, "BGV"), state=(state_BGKV, "BGKV"), log_decay=decay(log_decay, "BGK"))
-    agree("additive_step", given)
-    return call("additive_step", backend, q_BHK, k_BGK, v_BGV, state_BGKV, log_decay, scale=scale)
+    return _run("additive_step", backend, given, {}, {}, scale=scale)
 
 
 def delta_step(
@@ -196,8 +195,7 @@ def delta_step(
     given = dict(
         q=(q_BHK, "BHK"), k=(k_BGK, "BGK"), v=(v_BGV, "BGV"), beta=(beta_BG, "BG"), state=(state_BGKV, "BGKV"), log_decay=(log_decay_BG, "BG"),
     )  # fmt: skip
-    agree("delta_step", given)
-    return call("delta_step", backend, q_BHK, k_BGK, v_BGV, beta_BG, state_BGKV, log_decay_BG, scale=scale)
+    return _run("delta_step", backend, given, {}, {}, scale=scale)
 
 
 def window_linear_step(
@@ -223,9 +221,7 @@ def window_linear_step(
     """
     given = dict(
         q=(q_BHK, "BHK"), k=(k_BWGK, "BWGK"), v=(v_BWGV, "BWGV"), fq=(fq_BHF, "BHF"), mix=(mix_BH, "BH"), state=(state_BGFX, "BGFX"),
-        left_fk=(left_fk_BGF, "BGF"), left_v=(left_v_BGV, "BGV"), log_decay=decay(log_decay, "BGF"), sink_k=(sink_k_BNGK, "BNGK"),
-        sink_v=(sink_v_BNGV, "BNGV"),
+        left_fk=(left_fk_BGF, "BGF"), left_v=(left_v_BGV, "BGV"), log_decay=decay(log_decay, "BGF"),
     )  # fmt: skip
-    agree("window_linear_step", given, X=v_BWGV.shape[-1] + 1)
-    return call("window_linear_step", backend, q_BHK, k_BWGK, v_BWGV, fq_BHF, mix_BH, state_BGFX, left_fk_BGF, left_v_BGV, log_decay, scale=scale,
-                sink_k_BNGK=sink_k_BNGK, sink_v_BNGV=sink_v_BNGV)  # fmt: skip
+    more = dict(sink_k_BNGK=(sink_k_BNGK, "BNGK"), sink_v_BNGV=(sink_v_BNGV, "BNGV"))
+    return _run("window_linear_step", backend, given, more, dict(X=v_BWGV.shape[-1] + 1), scale=scale)

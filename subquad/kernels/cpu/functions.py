@@ -263,34 +263,23 @@ def _in_place(fn):
     return step
 
 
-_STATE_AT = {"additive_step": 3, "delta_step": 4, "window_linear_step": 5}
+_STATE_AT = {"delta_step": 4, "window_linear_step": 5}
 
 
-@_in_place
 def additive_step(q, k, v, state, log_decay=None, *, scale=1.0):
-    B, H, K = q.shape
-    G, V = k.shape[1], v.shape[2]
-    q, k, v, g = _fp32(q), _fp32(k), _fp32(v), _fp32(log_decay)
-    o = torch.empty(B, H, V)
-    mode = 0 if g is None else g.dim() - 1
-    library().subquad_additive_step(
-        c_void_p(q.data_ptr()), c_void_p(k.data_ptr()), c_void_p(v.data_ptr()), c_void_p(_pointer(g)), c_void_p(state.data_ptr()),
-        c_void_p(o.data_ptr()), c_int64(B * G), c_int64(H // G), c_int64(K), c_int64(V), c_int64(mode), c_double(scale),
-    )  # fmt: skip
-    return o
+    return delta_step(q, k, v, None, state, log_decay, scale=scale)
 
 
 @_in_place
 def delta_step(q, k, v, beta, state, log_decay=None, *, scale=1.0):
     B, H, K = q.shape
     G, V = k.shape[1], v.shape[2]
-    q, k, v, beta, g = _fp32(q), _fp32(k), _fp32(v), _fp32(beta), _fp32(log_decay)
+    q, k, v, beta, g = (_fp32(x) for x in (q, k, v, beta, log_decay))
     o = torch.empty(B, H, V)
-    library().subquad_delta_step(
-        c_void_p(q.data_ptr()), c_void_p(k.data_ptr()), c_void_p(v.data_ptr()), c_void_p(beta.data_ptr()), c_void_p(_pointer(g)),
-        c_void_p(state.data_ptr()), c_void_p(o.data_ptr()), c_int64(B * G), c_int64(H // G), c_int64(K), c_int64(V), c_int64(int(g is not None)),
-        c_double(scale),
-    )  # fmt: skip
+    mode = 0 if g is None else g.dim() - 1
+    library().subquad_linear_step(
+        *(c_void_p(_pointer(x)) for x in (q, k, v, beta, g, state, o)), *(c_int64(n) for n in (B * G, H // G, K, V, mode)), c_double(scale)
+    )
     return o
 
 

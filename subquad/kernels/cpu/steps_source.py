@@ -13,30 +13,21 @@ struct Row {  // state row [V]: y += q * (row = fade * row + k * v)
     for (; c < V; c++) y[c] += a * s[c];
   }
 };
-// q [B, G, R, K], k [B, G, K], v [B, G, V], S [B, G, K, V], o [B, G, R, V]; g null, [B, G] or [B, G, K]
-extern "C" void subquad_additive_step(const float* q, const float* k, const float* v, const float* g, float* S, float* o, int64_t BG, int64_t R,
-                                      int64_t K, int64_t V, int64_t mode, double scale) {
+// q [B, G, R, K], k [B, G, K], v [B, G, V], S [B, G, K, V], o [B, G, R, V]; beta [B, G], null: additive; g null, [B, G] or [B, G, K]
+extern "C" void subquad_linear_step(const float* q, const float* k, const float* v, const float* beta, const float* g, float* S, float* o, int64_t BG,
+                                    int64_t R, int64_t K, int64_t V, int64_t mode, double scale) {
+  std::vector<float> u(V);
   for (int64_t i = 0; i < BG; i++, q += R * K, k += K, v += V, o += R * V) {
     memset(o, 0, 4 * R * V);
     float fade = mode == 1 ? expf(g[i]) : 1.0f;
-    for (int64_t f = 0; f < K; f++, S += V) {
-      Row::update(S, mode == 2 ? expf(g[i * K + f]) : fade, k[f], v, V);
-      for (int64_t r = 0; r < R; r++) Row::add(o + r * V, q[r * K + f] * (float)scale, S, V);
+    if (beta) {
+      std::fill(u.begin(), u.end(), 0.0f);
+      for (int64_t f = 0; f < K; f++) Row::add(u.data(), k[f], S + f * V, V);
+      for (int64_t c = 0; c < V; c++) u[c] = beta[i] * (v[c] - fade * u[c]);
     }
-  }
-}
-extern "C" void subquad_delta_step(const float* q, const float* k, const float* v, const float* beta, const float* g, float* S, float* o, int64_t BG,
-                                   int64_t R, int64_t K, int64_t V, int64_t mode, double scale) {
-  std::vector<float> u(V);
-  for (int64_t i = 0; i < BG; i++, q += R * K, k += K, v += V, o += R * V, S += K * V) {
-    memset(o, 0, 4 * R * V);
-    float fade = mode == 1 ? expf(g[i]) : 1.0f;
-    std::fill(u.begin(), u.end(), 0.0f);
-    for (int64_t f = 0; f < K; f++) Row::add(u.data(), k[f], S + f * V, V);
-    for (int64_t c = 0; c < V; c++) u[c] = beta[i] * (v[c] - fade * u[c]);
-    for (int64_t f = 0; f < K; f++) {
-      Row::update(S + f * V, fade, k[f], u.data(), V);
-      for (int64_t r = 0; r < R; r++) Row::add(o + r * V, q[r * K + f] * (float)scale, S + f * V, V);
+    for (int64_t f = 0; f < K; f++, S += V) {
+      Row::update(S, mode == 2 ? expf(g[i * K + f]) : fade, k[f], beta ? u.data() : v, V);
+      for (int64_t r = 0; r < R; r++) Row::add(o + r * V, q[r * K + f] * (float)scale, S, V);
     }
   }
 }
