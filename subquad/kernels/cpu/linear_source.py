@@ -96,7 +96,7 @@ struct Linear {  // one (sequence, key/value head)
     }
   }
   // out [n, Vp] = q_t . S_t; den[t] = q_t . z_t
-  void read(const float* q, int64_t ldq, float* out, float* den, const Ahead* ahead = nullptr) {
+  void read(const float* q, int64_t ldq, float* out, float* den, Ahead* ahead = nullptr) {
     if (mode == VECTOR) {
       products(q, ldq);
       for (int t = 0; t < n; t++)
@@ -107,12 +107,12 @@ struct Linear {  // one (sequence, key/value head)
       mask_rows(P);
     }
     if (!empty) {
-      gemm<false, false>(n, Vp, Kp, q, ldq, S, Vp, out, Vp);
+      gemm<false, false>(n, Vp, Kp, q, ldq, S, Vp, out, Vp, ahead);
       if (mode == SCALAR)
         for (int t = 0; t < n; t++) scale_row(out + t * Vp, ec[t], Vp);
-      lower_rows<true>(n, Vp, P, n, u, Vp, out, Vp);
+      lower_rows<true>(n, Vp, P, n, u, Vp, out, Vp, ahead);
     } else
-      lower_rows<false>(n, Vp, P, n, u, Vp, out, Vp);
+      lower_rows<false>(n, Vp, P, n, u, Vp, out, Vp, ahead);
     if (den)
       for (int t = 0; t < n; t++) {
         vf s = {};
@@ -132,10 +132,10 @@ struct Linear {  // one (sequence, key/value head)
     for (int f = 0; f < Kp; f++) scale_row(X + f * Vp, mode == SCALAR ? fade[0] : fade[f], Vp);
     for (int f = 0; f < Kp; f += L) st(x + f, ld(x + f) * (mode == SCALAR ? bc(fade[0]) : ld(fade + f)));
   }
-  void write() {
+  void write(Ahead* ahead = nullptr) {
     weighted_keys();
     fade_state(S, z);
-    gemm<true, true>(Kp, Vp, n, written(), Kp, u, Vp, S, Vp);
+    gemm<true, true>(Kp, Vp, n, written(), Kp, u, Vp, S, Vp, ahead);
     if (sums)
       for (int t = 0; t < n; t++) axpy(z, 1.0f, written() + t * Kp, Kp);
     empty = false;
@@ -292,8 +292,15 @@ struct Heads {
   void put(int64_t h) { empty[h - first] = l.empty; }
 };
 
-static Ahead next_rows(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int rows, int64_t hi) {
+// While query head r of h is read: its own output, then what the next one takes.
+static Ahead rows_after(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t h0, int64_t h1, int rows, int64_t hi) {
   Ahead ahead;
+  ahead.want(a.o, b, t, h * a.R + r, rows, a.V, hi, true);
+  if (r + 1 < a.R) {
+    ahead.want(a.q, b, t, h * a.R + r + 1, rows, a.K, hi);
+    return ahead;
+  }
+  if (++h == h1) h = h0, t += rows;
   ahead.want(a.k, b, t, h, rows, a.K, hi);
   ahead.want(a.v, b, t, h, rows, a.V, hi);
   ahead.want(a.q, b, t, h * a.R, rows, a.K, hi);
@@ -316,13 +323,14 @@ static void forward(const LinearArgs& a) {
       for (int64_t h = h0; h < h1; h++) {
         heads.take(h);
         l.load(a, b, t, h, lo, hi);
-        Ahead ahead = next_rows(a, b, h + 1 < h1 ? t : t + l.n, h + 1 < h1 ? h + 1 : h0, l.n, hi);
+        Ahead ahead;
         for (int64_t r = 0; r < a.R; r++) {
           load_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, q);
-          l.read(q, l.Kp, out, nullptr, r ? nullptr : &ahead);
+          ahead = rows_after(a, b, t, h, r, h0, h1, l.n, hi);
+          l.read(q, l.Kp, out, nullptr, &ahead);
           store_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, out, a.scale);
         }
-        if (a.hT || t + l.n < hi) l.write();
+        if (a.hT || t + l.n < hi) l.write(&ahead);
         heads.put(h);
       }
     for (int64_t h = h0; a.hT && h < h1; h++) heads.take(h), store_state(a.hT + (s * a.G + h) * KV, a.K, a.V, a.V, l.S);

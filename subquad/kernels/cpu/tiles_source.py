@@ -88,6 +88,40 @@ static inline void scale_row(float* y, float a, int n) {
   for (int i = 0; i < n; i += L) st(y + i, a * ld(y + i));
 }
 
+// ---- tensors [batch, tokens, heads, size], size contiguous; type 0 fp32, 1 bf16, 2 fp16
+struct Tensor {
+  char* p;
+  int64_t sb, st, sh;
+  int64_t type;
+};
+INLINE const char* at(const Tensor& t, int64_t b, int64_t i, int64_t h) {
+  return t.p + (b * t.sb + i * t.st + h * t.sh) * (t.type ? 2 : 4);
+}
+// Rows that will be needed soon, asked for a few at a time between products: the memory's latency hides behind arithmetic. They are read into the second
+// cache level: the tiles at hand fill the first.
+struct Ahead {
+  struct Rows { const char* p; int64_t stride, bytes, count; bool write; } of[4];
+  int used = 0, now = 0;
+  int64_t row = 0;
+  void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi, bool write = false) {
+    int bytes = t.type ? 2 : 4;
+    of[used++] = {at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, hi - from < rows ? hi - from : rows, write};
+  }
+  void some() {
+    for (int i = 0; i < MR && now < used; i++) {
+      const Rows& r = of[now];
+      if (row >= r.count) {
+        now++, row = 0;
+        continue;
+      }
+      const char* p = r.p + row++ * r.stride;
+      for (int64_t c = 0; c < r.bytes; c += 64)
+        if (r.write) __builtin_prefetch(p + c, 1);
+        else __builtin_prefetch(p + c, 0, 2);
+    }
+  }
+};
+
 // ---- products: out[M, N] (= or +=) A[M, K] B[K, N]. AT: A is stored [K, M]. M a multiple of MR, N of L.
 template <int M, int N, bool ACC, bool AT>
 INLINE void micro(int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {
@@ -106,18 +140,19 @@ INLINE void micro(int K, const float* A, int64_t lda, const float* B, int64_t ld
     for (int n = 0; n < N; n++) st(out + m * ldo + n * L, acc[m][n]);
 }
 template <bool ACC, bool AT>
-static void gemm(int M, int N, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {
+static void gemm(int M, int N, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo, Ahead* ahead = nullptr) {
   for (int i = 0; i < M; i += MR) {
     const float* a = AT ? A + i : A + i * lda;
     int j = 0;
     for (; j + NR * L <= N; j += NR * L) micro<MR, NR, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
     for (; j < N; j += L) micro<MR, 1, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
+    if (ahead) ahead->some();
   }
 }
 // Lower triangles, n x n: only blocks on and below the diagonal are touched.
 template <bool ACC>
-static void lower_rows(int n, int N, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {  // A lower
-  for (int i = 0; i < n; i += MR) gemm<ACC, false>(MR, N, i + MR, A + i * lda, lda, B, ldb, out + i * ldo, ldo);
+static void lower_rows(int n, int N, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo, Ahead* ahead = nullptr) {  // A lower
+  for (int i = 0; i < n; i += MR) gemm<ACC, false>(MR, N, i + MR, A + i * lda, lda, B, ldb, out + i * ldo, ldo, ahead);
 }
 static void lower_transposed(int n, int N, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {  // += A^T B
   for (int j = 0; j < n; j += MR) gemm<true, true>(MR, N, n - j, A + j * lda + j, lda, B + j * ldb, ldb, out + j * ldo, ldo);
@@ -142,12 +177,7 @@ static void transpose(int rows, int cols, const float* src, int64_t lds, float* 
     for (int j = 0; j < cols; j += L) transpose_block(src + i * lds + j, lds, dst + j * ldd + i, ldd);
 }
 
-// ---- tensors [batch, tokens, heads, size], size contiguous; type 0 fp32, 1 bf16, 2 fp16
-struct Tensor {
-  char* p;
-  int64_t sb, st, sh;
-  int64_t type;
-};
+// ---- tensors into tiles and back
 INLINE vf half_to_float(vu h) {  // fp16 bits
   vu body = (h & 0x7fff) << 13;
   vf x = (vf)body * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
@@ -170,9 +200,6 @@ INLINE vh to_bf16(vf x) {  // to nearest, ties to even; NaN stays NaN
   vu b = (vu)x, r = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
   vu nan = (vu)(x != x);
   return __builtin_convertvector((r & ~nan) | (((b >> 16) | 0x40) & nan), vh);
-}
-INLINE const char* at(const Tensor& t, int64_t b, int64_t i, int64_t h) {
-  return t.p + (b * t.sb + i * t.st + h * t.sh) * (t.type ? 2 : 4);
 }
 // Rows `from`.. of one head into a tile [rows, up(size)]; rows outside [lo, hi) and padding are zeros.
 static void load_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* dst, float scale = 1.0f) {
@@ -221,26 +248,10 @@ static void store_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int 
     }
   }
 }
-// Rows that will be needed next, asked for a few at a time between products: the memory's latency hides behind arithmetic.
-struct Ahead {
-  struct Rows { const char* p; int64_t stride, bytes, count; } of[4];
-  int used = 0;
-  void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi) {
-    int bytes = t.type ? 2 : 4;
-    int64_t count = hi - from < rows ? hi - from : rows;
-    of[used++] = {at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, count > 0 ? count : 0};
-  }
-  void fetch(int64_t r0, int64_t r1) const {
-    for (int i = 0; i < used; i++)
-      for (int64_t r = r0; r < r1 && r < of[i].count; r++)
-        for (int64_t c = 0; c < of[i].bytes; c += 64) __builtin_prefetch(of[i].p + r * of[i].stride + c);
-  }
-};
-static void lower_product(int n, int K, const float* A, int64_t lda, const float* BT, float* out, const Ahead* ahead = nullptr) {  // out lower = A B^T, BT [K, n]
+static void lower_product(int n, int K, const float* A, int64_t lda, const float* BT, float* out, Ahead* ahead = nullptr) {  // out lower = A B^T, BT [K, n]
   for (int i = 0; i < n; i += MR) {
     int cols = up(i + MR);
-    gemm<false, false>(MR, cols < n ? cols : n, K, A + i * lda, lda, BT, n, out + i * n, n);
-    if (ahead) ahead->fetch(i, i + MR);
+    gemm<false, false>(MR, cols < n ? cols : n, K, A + i * lda, lda, BT, n, out + i * n, n, ahead);
   }
 }
 // One number per token and head (fp32): rows into a column; outside [lo, hi): `fill`.
