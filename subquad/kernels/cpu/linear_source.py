@@ -187,15 +187,15 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
     l.fade_state(dS, dz);
   }
   // One query head: q [n, Kp], d = gradient of its output [n, Vp], dd = gradient of its denominator [n] or null. Leaves dq; adds to the rest.
-  void head(const float* q, int64_t ldq, const float* d, const float* dd) {
+  void head(const float* q, int64_t ldq, const float* d, const float* dd, Ahead* ahead = nullptr) {
     if (l.mode == VECTOR) return vector_head(q, ldq, d, dd);
     int n = l.n, Kp = l.Kp, Vp = l.Vp;
-    lower_product(n, Kp, q, ldq, l.kT, l.P);
-    lower_product(n, Vp, d, Vp, uT, G);
+    lower_product(n, Kp, q, ldq, l.kT, l.P, ahead);
+    lower_product(n, Vp, d, Vp, uT, G, ahead);
     l.mask_rows(l.P);
     for (int t = 0; dd && t < n; t++)
       for (int j = 0; j < up(t / MR * MR + MR) && j < n; j += L) st(G + t * n + j, ld(G + t * n + j) + dd[t]);
-    gemm<false, false>(n, Kp, Vp, d, Vp, ST, Kp, dq, Kp);
+    gemm<false, false>(n, Kp, Vp, d, Vp, ST, Kp, dq, Kp, ahead);
     if (dd)
       for (int t = 0; t < n; t++) axpy(dq + t * Kp, dd[t], l.z, Kp);
     const float* faded = q;
@@ -217,10 +217,10 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
       faded = l.qs, ldf = Kp;
     }
     l.mask_rows(G);
-    lower_rows<true>(n, Kp, G, n, l.kk, Kp, dq, Kp);
+    lower_rows<true>(n, Kp, G, n, l.kk, Kp, dq, Kp, ahead);
     lower_transposed(n, Kp, G, n, q, ldq, dk, Kp);
     lower_transposed(n, Vp, l.P, n, d, Vp, dv, Vp);
-    gemm<true, true>(Kp, Vp, n, faded, ldf, d, Vp, dS, Vp);
+    gemm<true, true>(Kp, Vp, n, faded, ldf, d, Vp, dS, Vp, ahead);
     if (dd)
       for (int t = 0; t < n; t++) axpy(dz, dd[t], faded + t * ldf, Kp);
   }
@@ -337,6 +337,24 @@ static void forward(const LinearArgs& a) {
   });
 }
 
+// Backward: the gradients of query head r, then what the next one takes, or the chunk before.
+static Ahead rows_before(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int rows, int64_t hi, bool more) {
+  Ahead ahead;
+  ahead.want(a.dq, b, t, h * a.R + r, rows, a.K, hi, true);
+  bool last = r + 1 == a.R;
+  if (last) {
+    ahead.want(a.dk, b, t, h, rows, a.K, hi, true);
+    ahead.want(a.dv, b, t, h, rows, a.V, hi, true);
+    if (!more) return ahead;
+    t -= rows, r = -1;
+    ahead.want(a.k, b, t, h, rows, a.K, hi);
+    ahead.want(a.v, b, t, h, rows, a.V, hi);
+  }
+  ahead.want(a.q, b, t, h * a.R + r + 1, rows, a.K, hi);
+  ahead.want(a.o, b, t, h * a.R + r + 1, rows, a.V, hi);
+  return ahead;
+}
+
 template <class Cell, class Backward>
 static void backward(const LinearArgs& a) {
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
@@ -352,7 +370,10 @@ static void backward(const LinearArgs& a) {
       memcpy(states + i * size, l.S, 4 * size);
       if (i + 1 == chunks) break;
       l.load(a, b, lo + i * l.n, h, lo, hi);
-      l.write();
+      Ahead ahead;
+      ahead.want(a.k, b, lo + (i + 1) * l.n, h, l.n, a.K, hi);
+      ahead.want(a.v, b, lo + (i + 1) * l.n, h, l.n, a.V, hi);
+      l.write(&ahead);
     }
     for (int64_t i = chunks - 1; i >= 0; i--) {
       int64_t t = lo + i * l.n;
@@ -362,7 +383,8 @@ static void backward(const LinearArgs& a) {
       for (int64_t r = 0; r < a.R; r++) {
         const float* q = borrow_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, buf, ld);
         load_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, d, a.scale);
-        w.head(q, ld, d, nullptr);
+        Ahead ahead = rows_before(a, b, t, h, r, l.n, hi, i > 0);
+        w.head(q, ld, d, nullptr, &ahead);
         store_tile(a.dq, b, t, h * a.R + r, l.n, a.K, lo, hi, w.dq);
       }
       w.finish();

@@ -21,6 +21,22 @@ static void store_sums(float* dst, int F, int V, const float* S, const float* z)
   for (int f = 0; f < F; f++) dst[f * (V + 1) + V] = z[f];
 }
 
+// While query head r of 64 is read: its own output, then what the next one takes.
+static Ahead rows_after(const WindowArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t hi) {
+  Ahead ahead;
+  int64_t head = h * a.R + r + 1, ks = t + a.before, end = hi + a.before;
+  ahead.want(a.o, b, t, head - 1, BQ, a.V, hi, true);
+  if (r + 1 == a.R) {
+    t += BQ, ks += BQ, head = h * a.R;
+    ahead.want(a.k, b, ks, h, BQ, a.K, end);
+    ahead.want(a.v, b, ks, h, BQ, a.V, end);
+    ahead.want(a.fk, b, ks - a.window, h, BQ, a.F, end);
+  }
+  ahead.want(a.q, b, t, head, BQ, a.K, hi);
+  ahead.want(a.fq, b, t, head, BQ, a.F, hi);
+  return ahead;
+}
+
 extern "C" void subquad_window_linear(const WindowArgs* pa) {
   const WindowArgs& a = *pa;
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
@@ -56,7 +72,8 @@ extern "C" void subquad_window_linear(const WindowArgs* pa) {
         if (some && l.mode == VECTOR) yr = heads + r * BQ * (w.Vp + 1), dr = yr + BQ * w.Vp;
         else if (some) {
           const float* fq = borrow_tile(a.fq, b, t, head, BQ, a.F, lo, hi, fbuf, ld);
-          l.read(fq, ld, y, yden);
+          Ahead ahead = rows_after(a, b, t, h, r, hi);
+          l.read(fq, ld, y, yden, &ahead);
         }
         load_column(a.mix, b, t, head, BQ, lo, hi, mix);
         for (int m = 0; m < BQ && t + m < hi; m++) {
