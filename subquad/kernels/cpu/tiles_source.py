@@ -108,7 +108,7 @@ struct Ahead {
     of[used++] = {at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, hi - from < rows ? hi - from : rows, write};
   }
   void some() {
-    for (int i = 0; i < MR * ((used + 3) / 4) && now < used; i++) {  // four tensors in the rows of four products
+    for (int i = 0; i < MR * ((used + 3) / 4) && now < used; i++) {  // four products fetch up to four tensors
       const Rows& r = of[now];
       if (row >= r.count) {
         now++, row = 0;
