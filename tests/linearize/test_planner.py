@@ -107,6 +107,11 @@ PROBLEMS = {
         dict(mixer="gla", options={"write": "delta"}),
         ["use feature_map unit", "write delta goes with decay none or scalar"],
     ),
+    "exponents without a divisor": (
+        dict(mixer="gla", options={"feature_map": "log_normal", "decay": "none", "normaliser": "none"}),
+        ["log_normal is kept in range by the sum it is divided by: normaliser none does not divide."],
+    ),
+    "phases with decays by channel": (dict(mixer="mamba", options={"position": "phase"}), ["write selective goes with normaliser none"]),
     "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert in 'llama': kept exact."]),
     "several": (
         dict(window=0, sinks=-2, layers=[9], exact={0: [5], 8: [0]}),

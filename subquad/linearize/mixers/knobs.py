@@ -86,10 +86,18 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
         found.append(f"write {p['write']} goes with decay {' or '.join(r.write.decays)}, got {p['decay']}.")
     if r.decay.module is not None and (r.normaliser.counts or r.normaliser.per_feature):
         found.append(f"normaliser {p['normaliser']} counts tokens, so nothing may fade: use decay none, not {p['decay']}.")
+    if exponential and not joint and not r.normaliser.divides:
+        found.append(
+            f"feature_map {p['feature_map']} is kept in range by the sum it is divided by: normaliser {p['normaliser']} does not divide."
+        )
     if r.decay.vector and exponential:
         found.append(f"feature_map {p['feature_map']} goes with decay none or one per head, not {p['decay']}.")
-    if r.write.bare and (joint or p["normaliser"] != "none" or p["container"] != "plain" or r.key_weight.rule or exponential):
-        found.append(f"write {p['write']} goes with normaliser none, container plain, key_weight none and a map without exponents.")
+    if r.write.bare and (
+        joint or p["normaliser"] != "none" or p["container"] != "plain" or r.key_weight.rule or exponential or r.position.phases
+    ):
+        found.append(
+            f"write {p['write']} goes with normaliser none, container plain, key_weight none, position keep or drop and a map without exponents."
+        )
     if (p["key_weight"] == "flow") != (p["normaliser"] == "flow"):
         found.append("key_weight flow and normaliser flow go together.")
     if r.decay.reads == "key" and not per_channel(p):
