@@ -86,6 +86,7 @@ def diagnose(
     report.line("Branches and attention maps")
     rows, more = branches(student, tokens, settings)
     findings += more
+    report.line(maps_line(rows))
     report.line("Ablation")
     rows += ablations(student, tokens, settings, report)
     report.line("Positions")
@@ -95,6 +96,16 @@ def diagnose(
         windows=settings["windows"], buckets=min(5, settings["context"].bit_length() - 2),
     )  # fmt: skip
     return {"rows": rows + arrange(curve, list(models)), "findings": findings}
+
+
+def maps_line(rows: list[Row]) -> str:
+    """The rows of single heads in one line: hundreds of them are for JSON and the report."""
+    far = [entry for entry in rows if entry["metric"] == "attention_kl" and entry["value"] is not None]
+    if not far:
+        return "  No attention maps: what this mixer computes is no weighting of tokens."
+    worst = max(far, key=lambda entry: entry["value"])
+    mean = sum(entry["value"] for entry in far) / len(far)
+    return f"  KL of attention maps: {mean:.3g} nats a query over {len(far)} heads, {worst['value']:.3g} in layer {worst['layer']} head {worst['head']}"
 
 
 # ---- ablation ----------------------------------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def ablation(facts: Facts) -> Section:
         if own:
             names, values = [row["branch"] for row in own], [row["value"] for row in own]
             section.pictures.append(
-                pictures.bars(
+                pictures.dots(
                     METRICS[metric].title, f"{names[0]}: {values[0]:.4g}. The table has the rest.", names, values, METRICS[metric].title
                 )
             )
@@ -357,10 +357,10 @@ def _measured(models: list[str], group: list[dict[str, Any]]) -> list[str]:
     text = METRICS[group[0]["metric"]].text
     difference = student.get("difference")
     error = student.get("difference_stderr")
-    above = student.get("recovery_above_chance")
+    above, ratio, ratio_error = student.get("recovery_above_chance"), student.get("ratio"), student.get("ratio_stderr")
     return [
         METRICS[group[0]["metric"]].title, group[0]["setting"], *(_cell(_of(group, model)) for model in models),
-        f"{student['ratio']:.3f}" if student.get("ratio") is not None else "",
+        "" if ratio is None else f"{ratio:.3f}" + (f" ± {ratio_error:.3f}" if ratio_error is not None else ""),
         "" if difference is None else f"{'−' if difference < 0 else '+'}{text(abs(difference))}" + (f" ± {text(error)}" if error is not None else ""),
         f"{above:.0%}" if above is not None else ("teacher not above chance" if student.get("solvable") is False else ""),
     ]  # fmt: skip
@@ -373,8 +373,9 @@ def _curve(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def _points(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    points = sorted((row.get("length") or int(row["setting"].split()[0]), row["value"]) for row in rows)
-    return [x for x, _ in points], [y for _, y in points]
+    """(tokens, value); of several measurements at one length (other threads, another day) the last one."""
+    points = {row.get("length") or int(row["setting"].split()[0]): row["value"] for row in rows}
+    return sorted(points), [points[x] for x in sorted(points)]
 
 
 def _said(series: dict[str, tuple[list[float], list[float]]]) -> str:

@@ -85,6 +85,7 @@ def lines(
         axes.minorticks_off()
     if log_y:
         axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
     if len(series) > 1:
         axes.legend()
     return svg(figure, title, description)
@@ -101,6 +102,7 @@ def fan(title: str, description: str, curves: dict[int, tuple[Sequence[float], S
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
     axes.legend()
     return svg(figure, title, description)
 
@@ -158,15 +160,36 @@ def heat(
     return svg(figure, title, description)
 
 
-def bars(title: str, description: str, names: Sequence[str], values: Sequence[float], x: str) -> str:
-    """A bar per name, the first on top."""
+def dots(title: str, description: str, names: Sequence[str], values: Sequence[float], x: str) -> str:
+    """A dot per name, the first on top, with a line down from it: what the others are compared with. Logarithmic, one outlier hides the rest else."""
     pyplot = plots()
     figure, axes = pyplot.subplots(figsize=(6.4, 0.8 + 0.3 * len(names)))
-    axes.barh(range(len(names)), values, color=STYLES[0]["color"])
+    axes.axvline(values[0], color=STYLES[1]["color"], linestyle=STYLES[1]["linestyle"])
+    axes.plot(values, range(len(names)), "o", color=STYLES[0]["color"])
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel(x)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"{x} (logarithmic)")
+    plain_numbers(axes.xaxis)
     return svg(figure, title, description)
+
+
+def plain_numbers(axis) -> None:
+    """20 and 1,000 at the ticks of a logarithmic axis, not powers of ten; fewer of them where it spans decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: _large(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _large(value: float) -> str:
+    """200 M, 1.5 G in the place of ten digits."""
+    for sign, size in (("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:g} {sign}"
+    return f"{value:,g}"
 
 
 def short(value: float) -> str:
