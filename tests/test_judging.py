@@ -100,7 +100,7 @@ MISTAKES = {
     "unknown suite": (lambda p: ["--suite", "standart"], ["Did you mean 'standard'"]),
     "broken lines": (lambda p: ["--tasks", "broken"], ["broken.jsonl, line 2", "gold 9"]),
     "no items left": (lambda p: ["--tasks", "quiz", "--limit", "0"], ["0 leaves no items"]),
-    "no tokenizer": (lambda p: ["--tasks", "quiz", no_tokenizer(p)], ["Could not open", "tokenizer"]),
+    "no tokenizer": (lambda p: ["--tasks", "quiz", no_tokenizer(p)], ["holds no tokenizer. Save one beside the model"]),
     "suite without files": (lambda p: ["--suite", "standard"], ["no file 'arc_easy'"]),
     "unknown model": (lambda p: ["--tasks", "quiz", "--models", "techer"], ["Did you mean 'teacher'"]),
     "unknown setting": (lambda p: ["--tasks", "quiz", "--set", "choice.limt=3"], ["Did you mean 'limit'"]),
