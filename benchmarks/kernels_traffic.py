@@ -13,11 +13,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parents[1]
-sys.path[:0] = [str(HERE / "tests/interp"), str(HERE)]
+sys.path.insert(0, str(HERE / "tests"))
 
+import light_package
+
+light_package.install(HERE / "tests/interp")
 import emulator
 import torch
-from conftest import package  # noqa: F401 - the package without its heavy __init__
 
 from subquad.kernels.triton import functions
 

@@ -13,7 +13,7 @@ KEPT = ("registers", "spill", "shared", "instructions", "matrix", "matrix_kind")
 
 
 def measure(target: str, case: str, seen: dict) -> dict[str, dict]:
-    """{kernel and what tells its variants apart: figures} of one case."""
+    """{kernel, what tells its variants apart, and a number: figures} of one case."""
     import compiler
     from cases import CASES
 
@@ -21,16 +21,35 @@ def measure(target: str, case: str, seen: dict) -> dict[str, dict]:
     with compiler.compiling(target, seen) as found:
         function(*arguments)
     rows: dict[str, dict] = {}
-    for one in found:
+    for one in {id(one): one for one in found}.values():
         options = ",".join(f"{key}={int(value)}" for key, value in one.options.items())
-        rows[f"{one.kernel}[{options}]#{sum(name.startswith(one.kernel) for name in rows)}"] = {key: one.figures[key] for key in KEPT} | {
-            "seconds": round(one.seconds, 1)
-        }
+        rows[f"{one.kernel}[{options}]#{len(rows)}"] = {key: one.figures[key] for key in KEPT}
     return rows
 
 
+def configuration(name: str) -> tuple[str, ...]:
+    """Kernel, tiles, warps and stages of a row: what an autotuner would choose. Directions, axes and modes are other kernels, not other choices."""
+    kernel, _, options = name.partition("[")
+    return kernel, *(x for x in options.partition("]")[0].split(",") if x.split("=")[0] in ("warps", "stages", "BT", "BV"))
+
+
 def load(file: Path = FILE) -> dict:
+    """{target: {case: {name: figures}}}"""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def save(budget: dict, file: Path = FILE) -> None:
+    """A line per kernel, so that a change reads as one."""
+    text = ",\n".join(
+        f'{json.dumps(target)}: {{\n'
+        + ",\n".join(
+            f' {json.dumps(case)}: {{\n' + ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()) + "\n }"
+            for case, rows in sorted(cases.items())
+        )
+        + "\n}"
+        for target, cases in sorted(budget.items())
+    )  # fmt: skip
+    file.write_text("{\n" + text + "\n}\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -43,14 +62,17 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--file", type=Path, default=FILE)
+    parser.add_argument("--missing", action="store_true", help="only what the file does not have")
     asked = parser.parse_args()
     seen: dict = {}
-    for target in asked.targets.split(","):
-        for case in asked.cases.split(","):
+    for case in asked.cases.split(","):
+        for target in asked.targets.split(","):
+            if asked.missing and case in load(asked.file).get(target, {}):
+                continue
             rows = measure(target, case, seen)
             budget = load(asked.file)
             budget.setdefault(target, {})[case] = rows
-            asked.file.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            save(budget, asked.file)
             for name, row in rows.items():
                 print(target, case, name, row, flush=True)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 
 import torch
 import triton
@@ -32,7 +33,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may have
-MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "QGMMA")  # SASS; on AMD every v_mfma
+MATRIX = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")  # PTX; on AMD every v_mfma
 
 
 class StandIn(DriverBase):
@@ -139,28 +140,34 @@ def _tool(*command: str) -> str:
 
 
 def nvidia(kernel, arch: int) -> dict:
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx, tempfile.NamedTemporaryFile("wb", suffix=".cubin") as cubin:
-        ptx.write(kernel.asm["ptx"])
-        ptx.flush()
+    """Registers and stack from the binary; instructions from PTX, whose matrix instructions become one or more of the machine's each."""
+    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        gpu = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-        said = _tool(get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", gpu, ptx.name, "-o", os.devnull)
-        listing = _tool(triton.knobs.nvidia.cuobjdump.path, "-sass", cubin.name)
-    stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups())
-    names = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing))
-    kinds = Counter()
-    for name, count in names.items():
-        kinds[name.split(".")[0]] += count
+        usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    names = re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][a-z0-9_.:]*)[^\n]*;$", kernel.asm["ptx"], re.M)
+    kinds = Counter(kind for name in names for kind in MATRIX if name.startswith(kind))
     return {
-        "registers": int(re.search(r"Used (\d+) registers", said).group(1)),
-        "spill": stores + loads,
+        "registers": registers,
+        "spill": spilled(kernel, arch) if stack else 0,  # what is spilled lies on the stack
         "stack": stack,
         "shared": kernel.metadata.shared,
-        "instructions": sum(names.values()) - kinds["NOP"],
-        "matrix": sum(kinds[kind] for kind in MATRIX),
-        "matrix_kind": max(MATRIX, key=lambda kind: kinds[kind]) if any(kinds[kind] for kind in MATRIX) else "",
+        "instructions": len(names),
+        "matrix": kinds.total(),
+        "matrix_kind": "+".join(sorted(kinds)),
     }
+
+
+def spilled(kernel, arch: int) -> int:
+    """Bytes of all instructions that store to and load from the stack, at least 1: ptxas, asked once more, says how many."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        gpu = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        said = _tool(get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", gpu, ptx.name, "-o", os.devnull)
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
+    return max(1, int(stores) + int(loads))
 
 
 def amd(kernel) -> dict:

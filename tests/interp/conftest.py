@@ -2,7 +2,6 @@
 
 import os
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,10 @@ HERE = Path(__file__).parent
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]
 else:
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
-    # Kernels import nothing of the package but each other; its __init__ would bring in transformers, which takes longer than the tests.
-    package = types.ModuleType("subquad")
-    package.__path__ = [str(HERE.parents[1] / "subquad")]
-    sys.modules.setdefault("subquad", package)
+    sys.path.insert(0, str(HERE.parent))
+    import light_package
+
+    light_package.install(HERE)
     import emulator
     import torch
 

@@ -67,6 +67,7 @@ WINDOWS = {
     "continued": (36, 16, 16, 1, 1, 33, 2, 40, 40, False, False, 16, "scalar"),
     "window of one": (20, 8, 6, 1, 2, 1, 1, 0, 0, False, False, 16, "none"),
     "nothing leaves": (20, 16, 16, 1, 1, 40, 2, 0, 0, False, False, 16, "scalar"),
+    "large values": (20, 16, 72, 1, 1, 5, 2, 0, 0, False, False, 16, "scalar"),
     "more sinks than window": (30, 16, 16, 1, 1, 3, 9, 0, 0, False, False, 16, "none"),
 }
 

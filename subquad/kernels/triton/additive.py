@@ -13,15 +13,23 @@ from subquad.kernels.triton.scan import decay_gradient_kernel, scan_kernel
 NONE, SCALAR, KEYS, VALUES = 0, 1, 2, 3
 
 
-def scan_tiles(K: int, V: int, decay: int, wide: bool, roomy: bool) -> Tiles:
+def scan_tiles(K: int, V: int, decay: int, wide: bool, extra: bool, roomy: bool) -> Tiles:
     """The state K x BV lives in registers, so their product is bounded: by 128 x 128 where matrix units read shared memory (`roomy`), by half of that
-    where they read registers. A decay per feature needs several scaled copies of a chunk, 4-byte inputs (`wide`) twice the space.
+    where they read registers, and by half again where a normaliser joins in (`extra`). A decay per feature needs several scaled copies of a chunk, 4-byte inputs
+    (`wide`) twice the space.
     """
     BK = pad(K)
     if decay >= KEYS:
-        return Tiles(16, min(pad(V), 32 if decay == VALUES else max(16, 8192 // BK)), 4 if BK <= 64 else 8, 1)
-    BV = min(pad(V), max(16, (16384 if roomy and not wide else 8192) // BK))
-    return Tiles(32, BV, 8 if BK * BV > 8192 else 4, 1 if wide else 2)
+        return Tiles(16, min(pad(V), 32 if decay == VALUES else key_decay_columns(K, roomy)), 4 if BK <= 64 else 8, 1)
+    if wide:
+        return Tiles(16, min(pad(V), max(16, 4096 // BK)), 4, 1)
+    BV = min(pad(V), max(16, (16384 if roomy else 8192) // (2 if extra else 1) // BK))
+    return Tiles(32, BV, 8 if BK * BV > 4096 else 4, 2)
+
+
+def key_decay_columns(K: int, roomy: bool) -> int:
+    """BV of a state K x BV with a decay per key feature; 128 x 64 spills a few registers on compute capability 9.0 and none on 8.0."""
+    return max(16, (4096 if roomy else 8192) // pad(K))
 
 
 def scan(
@@ -33,7 +41,7 @@ def scan(
     initial: (tensor, heads it has); final: a tensor for `heads` heads; initial_strides: (head, k, v) of both. states: only leave the states there.
     """
     K, V = q.shape[-1], v.shape[-1]
-    tiles = scan_tiles(K, V, decay, v.element_size() == 4, roomy())
+    tiles = scan_tiles(K, V, decay, v.element_size() == 4, extra_side > 0, roomy())
     seg, blocks = SEGMENT_TOKENS // tiles.BT, triton.cdiv(V, tiles.BV)
     h0, h0_heads = initial if initial is not None else (q, heads)
     strides = initial_strides or (K * V, V, 1)

@@ -7,22 +7,23 @@ import torch
 import triton
 
 from subquad.kernels.triton.additive import group_sum
-from subquad.kernels.triton.launch import Packing, Tiles, pad, precision_of
+from subquad.kernels.triton.launch import Packing, Tiles, pad, precision_of, roomy
 from subquad.kernels.triton.wy import delta_back_kernel, delta_gradient_kernel, delta_kernel, invert_kernel
 
 
-def chunk_size(K: int, wide: bool) -> int:
+def chunk_size(wide: bool) -> int:
     """Tokens of a chunk; the inverse is BT x BT a chunk and head."""
-    return 32 if wide or pad(K) > 64 else 64
+    return 16 if wide else 32
 
 
-def walk_tiles(K: int, V: int, wide: bool) -> Tiles:
-    BT = chunk_size(K, wide)
-    return Tiles(BT, min(pad(V), 64 if pad(K) <= 128 else 32), 4, 1 if wide else 2)
+def walk_tiles(K: int, V: int, wide: bool, roomy: bool) -> Tiles:
+    """The state K x BV lives in registers; see `scan_tiles`."""
+    BV = min(pad(V), max(16, (8192 if roomy and not wide else 4096) // pad(K)))
+    return Tiles(chunk_size(wide), BV, 8 if pad(K) > 64 else 4, 1 if wide else 2)
 
 
 def gradient_tiles(K: int, V: int, wide: bool) -> Tiles:
-    return Tiles(chunk_size(K, wide), 32, 8 if pad(K) > 64 else 4, 1)
+    return Tiles(chunk_size(wide), 16 if pad(K) > 64 else 32, 8 if pad(K) > 64 else 4, 1)
 
 
 class Delta(torch.autograd.Function):
@@ -47,12 +48,12 @@ class Delta(torch.autograd.Function):
         dout = (dout * ctx.scale).to(v.dtype).contiguous()
         x = inverses(k, beta, log_decay, packing, ctx.precision)
         wide = v.element_size() == 4
-        BT = chunk_size(K, wide)
+        BT = chunk_size(wide)
         states = k.new_empty(packing.slots(BT), G, K, V)
         walk(q, k, v, beta, log_decay, x, packing, ctx.precision, heads=G, initial=initial, states=states)
         slopes = k.new_empty(packing.slots(BT), H, K, V)
         dinitial = None if initial is None else q.new_empty(packing.N, H, K, V, dtype=torch.float32)
-        tiles = walk_tiles(K, V, wide)
+        tiles = walk_tiles(K, V, wide, roomy())
         g, pack = q if log_decay is None else log_decay, q if cu is None else cu
         common = dict(
             T=T, H=H, R=H // G, K=K, V=V, BT=BT, BK=pad(K), GATED=log_decay is not None, VARLEN=cu is not None, PRECISION=ctx.precision
@@ -79,7 +80,7 @@ class Delta(torch.autograd.Function):
 def inverses(k, beta, log_decay, packing: Packing, precision: str):
     """X of every chunk, [B, T, G, BT] in the dtype of k; solved in fp32 whatever the inputs."""
     B, T, G, K = k.shape
-    BT = chunk_size(K, k.element_size() == 4)
+    BT = chunk_size(k.element_size() == 4)
     x = k.new_empty(B, T, G, BT)
     invert_kernel[(triton.cdiv(T, BT), packing.N * G)](
         k, beta, k if log_decay is None else log_decay, x, k if packing.cu is None else packing.cu, T,
@@ -92,7 +93,7 @@ def inverses(k, beta, log_decay, packing: Packing, precision: str):
 def walk(q, k, v, beta, log_decay, x, packing, precision, *, heads, scale=1.0, out=None, initial=None, final=None, states=None) -> None:
     """`delta_kernel`: outputs, or the states before every chunk (heads = key/value heads)."""
     (T, G, K), V = k.shape[1:], v.shape[-1]
-    tiles = walk_tiles(K, V, v.element_size() == 4)
+    tiles = walk_tiles(K, V, v.element_size() == 4, roomy())
     given = (log_decay, x, out, initial, final, states, packing.cu)
     g, x, o, h0, ht, hs, cu = (q if tensor is None else tensor for tensor in given)
     delta_kernel[(triton.cdiv(V, tiles.BV), packing.N * heads)](

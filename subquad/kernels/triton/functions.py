@@ -14,53 +14,27 @@ from subquad.kernels.triton.steps import step, window_step
 from subquad.kernels.triton.window import Banded, WindowLinear
 
 
-def _plain(x):
-    return None if x is None else x.contiguous()
+def _plain(*tensors):
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _f32(x):
-    return None if x is None else x.float().contiguous()
+def _f32(*tensors):
+    return [None if x is None else x.float().contiguous() for x in tensors]
 
 
-def additive(
-    q,
-    k,
-    v,
-    log_decay=None,
-    *,
-    scale=1.0,
-    initial_state=None,
-    output_final_state=False,
-    cu_seqlens=None,
-    out_dtype=None,
-    input_precision=None,
-):
-    """`ops.additive`; input_precision: of tl.dot on fp32 operands (None: tf32x3 on NVIDIA, ieee elsewhere)."""
-    return Additive.apply(
-        q.contiguous(), k.contiguous(), v.contiguous(), _f32(log_decay), _f32(initial_state), scale, output_final_state, cu_seqlens, out_dtype,
-        input_precision,
-    )  # fmt: skip
+def _recurrent(*, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None, input_precision=None):
+    """The keywords of `additive` and `delta` in their functions' order; input_precision: of tl.dot on fp32 operands (see `precision_of`)."""
+    return *_f32(initial_state), scale, output_final_state, cu_seqlens, out_dtype, input_precision
 
 
-def delta(
-    q,
-    k,
-    v,
-    beta,
-    log_decay=None,
-    *,
-    scale=1.0,
-    initial_state=None,
-    output_final_state=False,
-    cu_seqlens=None,
-    out_dtype=None,
-    input_precision=None,
-):
+def additive(q, k, v, log_decay=None, **options):
+    """`ops.additive`."""
+    return Additive.apply(*_plain(q, k, v), *_f32(log_decay), *_recurrent(**options))
+
+
+def delta(q, k, v, beta, log_decay=None, **options):
     """`ops.delta`."""
-    return Delta.apply(
-        q.contiguous(), k.contiguous(), v.contiguous(), _f32(beta), _f32(log_decay), _f32(initial_state), scale, output_final_state, cu_seqlens,
-        out_dtype, input_precision,
-    )  # fmt: skip
+    return Delta.apply(*_plain(q, k, v), *_f32(beta, log_decay), *_recurrent(**options))
 
 
 def banded(
@@ -70,9 +44,8 @@ def banded(
     """`ops.banded` for softmax weights."""
     assert weight == "softmax" and log_forget_BXG is None and softcap is None, "why_not said so"
     sinks = sinks if sink_k_BNGK is None else sink_k_BNGK.shape[1]
-    return Banded.apply(
-        *map(_plain, (q, k, v, sink_k_BNGK, sink_v_BNGV, sink_logit_H)), window, sinks, scale, position, cu_seqlens, input_precision
-    )
+    tensors = _plain(q, k, v, sink_k_BNGK, sink_v_BNGV, sink_logit_H)
+    return Banded.apply(*tensors, window, sinks, scale, position, cu_seqlens, input_precision)
 
 
 def window_linear(
@@ -81,29 +54,26 @@ def window_linear(
 ):  # fmt: skip
     """`ops.window_linear`."""
     sinks = sinks if sink_k_BNGK is None else sink_k_BNGK.shape[1]
-    return WindowLinear.apply(
-        *map(_plain, (q, k, v, fq, fk, mix)), _f32(log_decay), _f32(initial_state), _plain(sink_k_BNGK), _plain(sink_v_BNGV), window, sinks, scale,
-        position, output_final_state, cu_seqlens, input_precision,
-    )  # fmt: skip
+    tensors = *_plain(q, k, v, fq, fk, mix), *_f32(log_decay, initial_state), *_plain(sink_k_BNGK, sink_v_BNGV)
+    return WindowLinear.apply(*tensors, window, sinks, scale, position, output_final_state, cu_seqlens, input_precision)
 
 
 def additive_step(q, k, v, state, log_decay=None, *, scale=1.0):
     """`ops.additive_step`."""
-    return step(*map(_plain, (q, k, v)), None, _f32(log_decay), state, scale)
+    return step(*_plain(q, k, v), None, *_f32(log_decay), state, scale)
 
 
 def delta_step(q, k, v, beta, state, log_decay=None, *, scale=1.0):
     """`ops.delta_step`."""
-    return step(*map(_plain, (q, k, v)), _f32(beta), _f32(log_decay), state, scale)
+    return step(*_plain(q, k, v), *_f32(beta, log_decay), state, scale)
 
 
 def window_linear_step(
     q, k, v, fq=None, mix=None, state=None, left_fk=None, left_v=None, log_decay=None, *, scale=None, sink_k_BNGK=None, sink_v_BNGV=None
 ):
     """`ops.window_linear_step`."""
-    given = (q, k, v, fq, mix, None, left_fk, left_v)
-    q, k, v, fq, mix, _, left_fk, left_v = map(_plain, given)
-    return window_step(q, k, v, fq, mix, state, left_fk, left_v, _f32(log_decay), scale, _plain(sink_k_BNGK), _plain(sink_v_BNGV))
+    q, k, v, fq, mix, left_fk, left_v, sink_k, sink_v = _plain(q, k, v, fq, mix, left_fk, left_v, sink_k_BNGK, sink_v_BNGV)
+    return window_step(q, k, v, fq, mix, state, left_fk, left_v, *_f32(log_decay), scale, sink_k, sink_v)
 
 
 LARGEST_HEAD = 256  # sizes of keys, values and features the tiles are laid out for

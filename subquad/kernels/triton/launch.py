@@ -26,7 +26,8 @@ class Tiles:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """num_warps are groups of 32 lanes. Where a wave has 64, half as many (at least 4) hold the same tile with fewer copies of its operands."""
+        return {"num_warps": min(self.num_warps, 4) if waves_of_64() else self.num_warps, "num_stages": self.num_stages}
 
 
 def pad(size: int) -> int:
@@ -42,6 +43,11 @@ def cuda_arch() -> int:
     return target.arch if target.backend == "cuda" else 0
 
 
+def waves_of_64() -> bool:
+    """True on AMD's data-centre GPUs."""
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().warp_size == 64
+
+
 def precision_of(asked: str | None) -> str:
     """input_precision of tl.dot. Only fp32 operands are affected; tf32x3 keeps fp32 accuracy on NVIDIA's tensor cores, ieee is exact everywhere."""
     if asked is not None:
@@ -50,8 +56,8 @@ def precision_of(asked: str | None) -> str:
 
 
 def roomy() -> bool:
-    """True where matrix units take operands from shared memory (NVIDIA from compute capability 9 on), so that registers are left for a large state."""
-    return INTERPRETED or cuda_arch() >= 90
+    """True where matrix units take operands from shared memory (NVIDIA 9.0 to 11.x), so that registers are left for a large state."""
+    return INTERPRETED or 90 <= cuda_arch() < 120
 
 
 @dataclass(frozen=True)

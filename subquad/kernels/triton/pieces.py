@@ -1,6 +1,6 @@
-"""Pieces that several kernels share: sequence bounds, decay inside a chunk, online softmax.
+"""Pieces that several kernels share: whose turn a program has, tiles of rows, decay inside a chunk, online softmax.
 
-Key: BT tokens of a chunk, D features of a tile.
+Key: BT tokens of a chunk, D features of a tile, H query heads, G key/value heads, R = H / G.
 """
 
 import triton
@@ -20,6 +20,45 @@ def bounds(cu, i_n, T, VARLEN: tl.constexpr):
         start = i_n.to(tl.int64) * T
         length = T
     return start, length
+
+
+@triton.jit
+def first_row(start, i_n, rows, VARLEN: tl.constexpr):
+    """First row of sequence i_n in a tensor with `rows` rows a sequence of its own; packed tensors share their rows."""
+    return start if VARLEN else i_n.to(tl.int64) * rows
+
+
+@triton.jit
+def head_of(i_nh, cu, T, H: tl.constexpr, R: tl.constexpr, VARLEN: tl.constexpr):
+    """(sequence, head, its key/value head, first row, length) of program i_nh of N H."""
+    i_n, i_h = i_nh // H, i_nh % H
+    start, length = bounds(cu, i_n, T, VARLEN)
+    return i_n, i_h, i_h // R, start, length
+
+
+@triton.jit
+def read_tile(x, row, stride, column, has_row, has_column):
+    """[rows, columns] of x at row * stride + column, 0 where there is none. `x` carries the 64-bit base, offsets inside a tile are 32-bit."""
+    return tl.load(x + row[:, None] * stride + column[None, :], mask=has_row[:, None] & has_column[None, :], other=0.0)
+
+
+@triton.jit
+def write_tile(x, row, stride, column, has_row, has_column, tile):
+    """The reverse of `read_tile`, in the type of x."""
+    tl.store(x + row[:, None] * stride + column[None, :], tile.to(x.dtype.element_ty), mask=has_row[:, None] & has_column[None, :])
+
+
+@triton.jit
+def fades(c, BT: tl.constexpr, VECTOR: tl.constexpr):
+    """Decay from the chunk's start to each token, from each token to the chunk's end, and over the chunk.
+
+    c: cumulative log decay, [BT] or, VECTOR, [BT, D]; the last result has no axis of tokens.
+    """
+    last = tl.arange(0, BT) == BT - 1
+    if VECTOR:
+        last = last[:, None]
+    total = tl.sum(tl.where(last, c, 0.0), 0)
+    return tl.exp2(c * LOG2E), tl.exp2((total - c) * LOG2E), tl.exp2(total * LOG2E)
 
 
 @triton.jit

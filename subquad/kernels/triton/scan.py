@@ -21,7 +21,18 @@ Key: B batch, T tokens, H heads of this launch, K features, V columns, BT tokens
 import triton
 import triton.language as tl
 
-from subquad.kernels.triton.pieces import LOG2E, bounds, causal_mask, level_decay, level_mask, pair_decay, vector_weights
+from subquad.kernels.triton.pieces import (
+    causal_mask,
+    fades,
+    first_row,
+    head_of,
+    level_decay,
+    level_mask,
+    pair_decay,
+    read_tile,
+    vector_weights,
+    write_tile,
+)
 
 
 @triton.jit
@@ -38,12 +49,8 @@ def scan_kernel(
     h0 per sequence and H/RS heads, ht per sequence and H heads, both with the strides given (row K holds the extra feature); hs is contiguous.
     """
     i_v, i_s, i_nh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_n, i_h = i_nh // H, i_nh % H
-    start, length = bounds(cu, i_n, T, VARLEN)
-    if VARLEN:
-        start_q, start_k = start, start
-    else:
-        start_q, start_k = i_n.to(tl.int64) * TQ, i_n.to(tl.int64) * TK
+    i_n, i_h, _, start, length = head_of(i_nh, cu, T, H, 1, VARLEN)
+    start_q, start_k = first_row(start, i_n, TQ, VARLEN), first_row(start, i_n, TK, VARLEN)
     chunks = tl.cdiv(length, BT)
     first = i_s * SEG if MODE == 2 else 0
     last = tl.minimum(first + SEG, chunks) if MODE == 2 else chunks
@@ -64,20 +71,17 @@ def scan_kernel(
     g += (start * HG + i_h // RG) * GATES
     x += start * H + i_h
     hs += ((start // (SEG * BT) + i_n) * H + i_h) * ROWS * V
-    inside = mk[:, None] & mv[None, :]
-    at_q, at_k = oi[:, None] * (HQ * K) + ok[None, :], oi[:, None] * (HK * K) + ok[None, :]
-    at_v, at_o = oi[:, None] * (HK * V) + ov[None, :], oi[:, None] * (H * V) + ov[None, :]
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     extra = tl.zeros([BV], dtype=tl.float32)
     if MODE == 2:
         hs += i_s.to(tl.int64) * H * ROWS * V
-        state += tl.load(hs + ok[:, None] * V + ov[None, :], mask=inside, other=0.0)
+        state += read_tile(hs, ok, V, ov, mk, mv)
         if EXTRA > 0:
             extra += tl.load(hs + K * V + ov, mask=mv, other=0.0)
     elif USE_H0:
         h0 += (i_n.to(tl.int64) * (H // RS) + i_h // RS) * stride_head
-        state += tl.load(h0 + ok[:, None] * stride_k + ov[None, :] * stride_v, mask=inside, other=0.0)
+        state += read_tile(h0, ok, stride_k, ov * stride_v, mk, mv)
         if EXTRA > 0:
             extra += tl.load(h0 + K * stride_k + ov * stride_v, mask=mv, other=0.0)
         if REVERSE:  # the heads of a group are summed afterwards, and the gradient of their one final state counts once
@@ -89,47 +93,31 @@ def scan_kernel(
         if MODE == 1:
             if n % SEG == 0:
                 place = hs + tl.cast(n // SEG, tl.int64) * (H * ROWS * V)
-                tl.store(place + ok[:, None] * V + ov[None, :], state, mask=inside)
+                write_tile(place, ok, V, ov, mk, mv, state)
                 if EXTRA > 0:
                     tl.store(place + K * V + ov, extra, mask=mv)
-        # One 64-bit base a tile and 32-bit offsets inside it: safe for any tensor, and half the address registers.
         t0 = tl.cast(i_t, tl.int64) * BT
         t = i_t * BT + oi
         has_q, has_k = (t < length) & (t - shift_q >= skip_q), (t < length) & (t - shift_k >= skip_k)
-        b_k = tl.load(k + (t0 - shift_k) * (HK * K) + at_k, mask=has_k[:, None] & mk[None, :], other=0.0).to(v.dtype.element_ty)
-        b_v = tl.load(v + (t0 - shift_k) * (HK * V) + at_v, mask=has_k[:, None] & mv[None, :], other=0.0)
+        b_k = read_tile(k + (t0 - shift_k) * (HK * K), oi, HK * K, ok, has_k, mk).to(v.dtype.element_ty)
+        b_v = read_tile(v + (t0 - shift_k) * (HK * V), oi, HK * V, ov, has_k, mv)
         if (EXTRA > 0 and MODE != 1) or EXTRA == 2:
             b_x = tl.load(x + t0 * H + oi * H, mask=t < length, other=0.0)
         if DECAY == 1:
             c = tl.cumsum(tl.load(g + t0 * HG + oi * HG, mask=t < length, other=0.0), 0)
-            total = tl.sum(tl.where(oi == BT - 1, c, 0.0), 0)
-            back = tl.exp2((total - c) * LOG2E)
-            ahead = tl.exp2(c * LOG2E)
-            fade = tl.exp2(total * LOG2E)
         if DECAY == 2:
-            c = tl.cumsum(
-                tl.load(g + t0 * (HG * K) + oi[:, None] * (HG * K) + ok[None, :], mask=(t < length)[:, None] & mk[None, :], other=0.0), 0
-            )
-            total = tl.sum(tl.where((oi == BT - 1)[:, None], c, 0.0), 0)
-            back = tl.exp2((total[None, :] - c) * LOG2E)
-            ahead = tl.exp2(c * LOG2E)
-            fade = tl.exp2(total * LOG2E)
+            c = tl.cumsum(read_tile(g + t0 * (HG * K), oi, HG * K, ok, t < length, mk), 0)
         if DECAY == 3:
-            c = tl.cumsum(
-                tl.load(g + t0 * (HG * V) + oi[:, None] * (HG * V) + ov[None, :], mask=(t < length)[:, None] & mv[None, :], other=0.0), 0
-            )
-            total = tl.sum(tl.where((oi == BT - 1)[:, None], c, 0.0), 0)
-            back = tl.exp2((total[None, :] - c) * LOG2E)
-            ahead = tl.exp2(c * LOG2E)
-            fade = tl.exp2(total * LOG2E)
+            c = tl.cumsum(read_tile(g + t0 * (HG * V), oi, HG * V, ov, t < length, mv), 0)
         if DECAY > 0:
+            ahead, back, fade = fades(c, BT, DECAY > 1)
             if REVERSE:
                 read, write = back, ahead
             else:
                 read, write = ahead, back
 
         if MODE != 1:
-            b_q = tl.load(q + (t0 - shift_q) * (HQ * K) + at_q, mask=has_q[:, None] & mk[None, :], other=0.0).to(v.dtype.element_ty)
+            b_q = read_tile(q + (t0 - shift_q) * (HQ * K), oi, HQ * K, ok, has_q, mk).to(v.dtype.element_ty)
             # What the chunk reads of its own tokens.
             if DECAY == 2:
                 weights = vector_weights(b_q, b_k, c, BT, LEVELS, BK, REVERSE, PRECISION)
@@ -166,7 +154,7 @@ def scan_kernel(
                 if DECAY == 3:
                     past *= read
                 b_o += past
-            tl.store(o + (t0 - shift_q) * (H * V) + at_o, (b_o * scale).to(o.dtype.element_ty), mask=has_q[:, None] & mv[None, :])
+            write_tile(o + (t0 - shift_q) * (H * V), oi, H * V, ov, has_q, mv, b_o * scale)
 
         # What it leaves behind.
         if DECAY == 1:
@@ -193,9 +181,7 @@ def scan_kernel(
         ht += i_nh.to(tl.int64) * stride_head
         # `zero` keeps the compiler from carrying this tile of addresses through the loop in registers.
         later_k, later_v = ok + zero, ov + zero
-        tl.store(
-            ht + later_k[:, None] * stride_k + later_v[None, :] * stride_v, state, mask=(later_k < K)[:, None] & (later_v < V)[None, :]
-        )
+        write_tile(ht, later_k, stride_k, later_v * stride_v, later_k < K, later_v < V, state)
         if EXTRA > 0:
             tl.store(ht + K * stride_k + ov * stride_v, extra, mask=mv)
 
@@ -211,9 +197,8 @@ def decay_gradient_kernel(
     Grid (K / BK, N G); q, dq [.., T, G R, K], k, dk [.., TK, G, K] (row t - shift_k), carry [N, G (, K)], dg [.., T, G (, K)], all but q and k fp32.
     """
     i_k, i_ng = tl.program_id(0), tl.program_id(1)
-    i_n, i_g = i_ng // G, i_ng % G
-    start, length = bounds(cu, i_n, T, VARLEN)
-    start_k = start if VARLEN else i_n.to(tl.int64) * TK
+    i_n, i_g, _, start, length = head_of(i_ng, cu, T, G, 1, VARLEN)
+    start_k = first_row(start, i_n, TK, VARLEN)
     ok, oi = i_k * BK + tl.arange(0, BK), tl.arange(0, BT)
     mk = ok < K
     q += (start * G + i_g) * R * K
@@ -230,21 +215,22 @@ def decay_gradient_kernel(
         dg += (start * G + i_g) * K
     chunks = tl.cdiv(length, BT)
     for n in range(chunks):
+        t0 = tl.cast(chunks - 1 - n, tl.int64) * BT
         t = (chunks - 1 - n) * BT + oi
-        row, row_k = t.to(tl.int64), (t - shift_k).to(tl.int64)
-        m = (t < length)[:, None] & mk[None, :]
-        mt = m & (row_k >= skip_k)[:, None]
-        at = row_k[:, None] * (G * K) + ok[None, :]
-        each = -tl.load(k + at, mask=mt, other=0.0).to(tl.float32) * tl.load(dk + at, mask=mt, other=0.0).to(tl.float32)
+        here = t < length
+        has_k = here & (t - shift_k >= skip_k)
+        at = (t0 - shift_k) * (G * K)
+        each = -read_tile(k + at, oi, G * K, ok, has_k, mk).to(tl.float32) * read_tile(dk + at, oi, G * K, ok, has_k, mk).to(tl.float32)
         for r in range(R):
-            at = row[:, None] * (G * R * K) + r * K + ok[None, :]
-            each += tl.load(q + at, mask=m, other=0.0).to(tl.float32) * tl.load(dq + at, mask=m, other=0.0).to(tl.float32)
+            at = t0 * (G * R * K) + r * K
+            b_q, b_dq = read_tile(q + at, oi, G * R * K, ok, here, mk), read_tile(dq + at, oi, G * R * K, ok, here, mk)
+            each += b_q.to(tl.float32) * b_dq.to(tl.float32)
         if SCALAR:
             e = tl.sum(each, 1)
             total = tl.sum(e, 0)
-            tl.store(dg + row * G, later + total - tl.cumsum(e, 0) + e, mask=t < length)
+            tl.store(dg + t0 * G + oi * G, later + total - tl.cumsum(e, 0) + e, mask=here)
             later += total
         else:
             total = tl.sum(each, 0)
-            tl.store(dg + row[:, None] * (G * K) + ok[None, :], later[None, :] + total[None, :] - tl.cumsum(each, 0) + each, mask=m)
+            write_tile(dg + t0 * (G * K), oi, G * K, ok, here, mk, (later + total)[None, :] - tl.cumsum(each, 0) + each)
             later += total

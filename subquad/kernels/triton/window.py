@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad.kernels.triton.additive import KEYS, NONE, SCALAR, VALUES, decay_gradient, group_sum, kind_of, scan
 from subquad.kernels.triton.band import band_forward_kernel, band_key_kernel, band_query_kernel, band_sink_kernel
-from subquad.kernels.triton.launch import SEGMENT_TOKENS, Packing, Tiles, pad, precision_of
+from subquad.kernels.triton.launch import SEGMENT_TOKENS, Packing, Tiles, pad, precision_of, roomy
 
 ACROSS = {NONE: NONE, SCALAR: SCALAR, KEYS: VALUES}  # the decay's axis when keys and values change places
 LARGEST_EXPONENT = {torch.float16: 10.0}  # of a query's weight in the backward pass; others hold e^60
@@ -21,11 +21,13 @@ def band_tiles(K: int, V: int, wide: bool) -> Tiles:
     return Tiles(32 if wide or max(pad(K), pad(V)) > 64 else 64, pad(V), 4 if max(pad(K), pad(V)) <= 64 else 8, 1 if wide else 2)
 
 
-def linear_tiles(K: int, V: int, F: int, decay: int, wide: bool) -> Tiles:
-    """The state F x BV lives in registers beside the window's tiles."""
-    BV = min(pad(V), max(16, 8192 // pad(F)))
-    BT = 16 if decay == KEYS or wide else 32
-    return Tiles(BT, BV, 8 if pad(F) * BV > 4096 or pad(K) > 64 else 4, 1)
+def linear_tiles(V: int, F: int, decay: int, wide: bool, roomy: bool) -> Tiles:
+    """The state F x BV lives in registers beside the window's tiles; see `scan_tiles`. Chunks of 64 read a window of 64 in two blocks, one of them kept,
+    and need states of 64 x 64 at most.
+    """
+    large = roomy and not wide and decay != KEYS and max(pad(F), pad(V)) <= 64
+    BT = 64 if large else (16 if decay == KEYS or wide or max(pad(F), pad(V)) > 64 else 32)
+    return Tiles(BT, min(pad(V), max(16, (4096 if roomy and decay == KEYS else 8192) // pad(F))), 8, 1)
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,21 @@ def forward(q, k, v, sink_k, sink_v, band: Band, *, out, total, top, logit=None,
     sizes = band.sizes(q, k, v) | dict(NS=band.sinks, BN=pad(band.sinks), LOGIT=logit is not None, LINEAR=linear is not None)
     fq, fk, mix, g, initial, final = linear if linear is not None else (None,) * 6
     kind, F = kind_of(g), 1 if fq is None else fq.shape[-1]
-    tiles = band_tiles(K, V, wide) if linear is None else linear_tiles(K, V, F, kind, wide)
+    tiles = band_tiles(K, V, wide) if linear is None else linear_tiles(V, F, kind, wide, roomy())
     segmented = linear is not None and packing.segmented(packing.N * sizes["H"] * triton.cdiv(V, tiles.BV))
-    chunks = triton.cdiv(packing.T, tiles.BT)
-    SEG = SEGMENT_TOKENS // tiles.BT if segmented else (1 if linear is None else max(1, chunks))
+    # Chunks of a program: one, a segment, or any number there is.
+    SEG = 1 if linear is None else (SEGMENT_TOKENS if segmented else 2**30) // tiles.BT
     hs = None
     if segmented:
         hs = q.new_empty(packing.slots(SEGMENT_TOKENS), G, V + 1, F, dtype=torch.float32)
         scan_states(v, fk, g, band, initial, final, hs)
     given = (fq, fk, mix, g, logit, total, initial, final, hs)
     fq, fk, mix, g, logit, total, h0, ht, hs = (q if x is None else x for x in given)
-    band_forward_kernel[(triton.cdiv(V, tiles.BV), triton.cdiv(chunks, SEG), packing.N * sizes["H"])](
+    band_forward_kernel[(triton.cdiv(V, tiles.BV), triton.cdiv(packing.T, SEG * tiles.BT), packing.N * sizes["H"])](
         q, k, v, fq, fk, mix, g, sk, sv, logit, out, total, top, h0, ht, hs, band.cu(q),
-        band.scale, packing.T, k.shape[1], sk.shape[1], band.before, band.position, band.window, band.skip,
-        F=F, BT=tiles.BT, BV=tiles.BV, BF=pad(F), SEG=SEG if segmented or linear is None else 2**30 // tiles.BT, LEVELS=tiles.BT.bit_length() - 1, DECAY=kind,
+        band.scale, packing.T, k.shape[1], sk.shape[1], band.before, band.position, band.window, band.skip, 0,
+        F=F, BT=tiles.BT, BV=tiles.BV, BF=pad(F), SEG=SEG, LEVELS=tiles.BT.bit_length() - 1, DECAY=kind,
+        KEEP=linear is not None and max(pad(K), pad(V), pad(F)) <= 64,
         SEGMENTED=segmented, USE_H0=initial is not None, STORE_HT=final is not None and not segmented, **sizes, **tiles.options,
     )  # fmt: skip
 
