@@ -143,34 +143,36 @@ def band_forward_kernel(
         if LINEAR:
             b_f = read_tile(fk + low * (G * F), oi, G * F, of, here & (oldest >= skip), mf).to(b_v.dtype)
             b_fq = read_tile(fq + t0 * (H * F), oi, H * F, of, here, mf).to(b_v.dtype)
-            if DECAY == 1:
-                c = tl.cumsum(tl.load(g + t0 * G + oi * G, mask=here, other=0.0), 0)
-                ahead, back, fade = fades(c, BT, False)
+            # In this order the fewest tiles are alive at once: mass, past, the state's update, and only then weights between tokens of the chunk.
             if DECAY == 2:
                 c = tl.cumsum(read_tile(g + t0 * (G * F), oi, G * F, of, here, mf), 0)
                 similar = vector_weights(b_fq, b_f, c, BT, LEVELS, BF, False, PRECISION)
                 ahead, back, fade = fades(c, BT, True)
                 b_fq = (b_fq * ahead).to(b_fq.dtype)
-                b_f = (b_f * back).to(b_f.dtype)
-            else:
-                similar = tl.dot(b_fq, tl.trans(b_f), input_precision=PRECISION)
-                if DECAY == 1:
-                    similar *= pair_decay(c, BT, False)
-                    b_f = (b_f * back[:, None]).to(b_f.dtype)
-                else:
-                    similar = tl.where(causal_mask(BT, False), similar, 0.0)
-            past = tl.dot(b_fq, state.to(b_fq.dtype), input_precision=PRECISION)
             past_mass = tl.sum(b_fq.to(tl.float32) * mass[None, :], 1)
+            if DECAY == 1:
+                c = tl.cumsum(tl.load(g + t0 * G + oi * G, mask=here, other=0.0), 0)
+                ahead, back, fade = fades(c, BT, False)
+            past = tl.dot(b_fq, state.to(b_fq.dtype), input_precision=PRECISION)
+            b_left = b_f
             if DECAY == 1:
                 past *= ahead[:, None]
                 past_mass *= ahead
+                b_left = (b_f * back[:, None]).to(b_f.dtype)
                 state *= fade
                 mass *= fade
             if DECAY == 2:
+                b_left = (b_f * back).to(b_f.dtype)
                 state *= fade[:, None]
                 mass *= fade
-            state = tl.dot(tl.trans(b_f), b_v, state, input_precision=PRECISION)
-            mass += tl.sum(b_f.to(tl.float32), 0)
+            state = tl.dot(tl.trans(b_left), b_v, state, input_precision=PRECISION)
+            mass += tl.sum(b_left.to(tl.float32), 0)
+            if DECAY != 2:
+                similar = tl.dot(b_fq, tl.trans(b_f), input_precision=PRECISION)
+                if DECAY == 1:
+                    similar *= pair_decay(c, BT, False)
+                else:
+                    similar = tl.where(causal_mask(BT, False), similar, 0.0)
             older = position + t - window >= NS  # something has left the window; an initial state counts from then on
             den = tl.where(older, tl.sum(similar, 1) + past_mass, 0.0)
             sums = tl.dot(similar.to(b_v.dtype), b_v, past, input_precision=PRECISION)

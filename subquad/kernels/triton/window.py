@@ -27,7 +27,7 @@ def linear_tiles(V: int, F: int, decay: int, wide: bool, roomy: bool) -> Tiles:
     """
     large = roomy and not wide and decay != KEYS and max(pad(F), pad(V)) <= 64
     BT = 64 if large else (16 if decay == KEYS or wide or max(pad(F), pad(V)) > 64 else 32)
-    return Tiles(BT, min(pad(V), max(16, (4096 if roomy and decay == KEYS else 8192) // pad(F))), 8, 1)
+    return Tiles(BT, min(pad(V), max(16, (4096 if roomy and decay == KEYS else 8192) // pad(F))), 4 if BT >= 32 else 8, 1)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def forward(q, k, v, sink_k, sink_v, band: Band, *, out, total, top, logit=None,
         q, k, v, fq, fk, mix, g, sk, sv, logit, out, total, top, h0, ht, hs, band.cu(q),
         band.scale, packing.T, k.shape[1], sk.shape[1], band.before, band.position, band.window, band.skip, 0,
         F=F, BT=tiles.BT, BV=tiles.BV, BF=pad(F), SEG=SEG, LEVELS=tiles.BT.bit_length() - 1, DECAY=kind,
-        KEEP=linear is not None and max(pad(K), pad(V), pad(F)) <= 64,
+        KEEP=linear is not None and max(pad(K), pad(V), pad(F)) <= 64 and tiles.BT < 64,
         SEGMENTED=segmented, USE_H0=initial is not None, STORE_HT=final is not None and not segmented, **sizes, **tiles.options,
     )  # fmt: skip
 
