@@ -11,8 +11,7 @@ BUDGET = budget.load()
 QUICK = [("sm_80", "additive-scalar-64"), ("sm_90", "banded-64"), ("gfx942", "steps-64")]
 RUN = [(target, case) for case in CASES for target in TARGETS] if os.environ.get("SUBQUAD_AOT_ALL") == "1" else QUICK
 KEPT = [(target, case) for target, cases in BUDGET.items() for case in cases]
-# Bytes of spill that are known, of the forward kernel (docs/kernels_triton.md). Everything else must not spill.
-KNOWN_SPILLS = {("sm_90", "window_linear-vector-128"): 16, ("sm_90", "window_linear-none-64"): 184}
+KEPT_TARGETS = ("sm_80", "sm_90", "gfx942")  # the budget has every case on these
 CONFIGURATIONS = 8  # of one op and shape, forward and backward together
 SEEN: dict = {}
 
@@ -25,7 +24,7 @@ def check_bars(target: str, case: str, rows: dict) -> None:
     """Nothing spills, shared memory fits, products are on matrix units, and few kernels are compiled."""
     assert rows
     for name, row in rows.items():
-        assert row["spill"] <= KNOWN_SPILLS.get((target, case), 0) and row["shared"] <= SHARED_LIMIT[target], (name, row)
+        assert row["spill"] == 0 and row["shared"] <= SHARED_LIMIT[target], (name, row)
         assert row["matrix"] or name.split("[")[0] in NO_MATRIX, (name, row)
     assert len({budget.configuration(name) for name in rows}) <= CONFIGURATIONS, list(rows)
 
@@ -47,8 +46,8 @@ def test_budget_keeps_the_bars(target, case):
     check_bars(target, case, BUDGET[target][case])
 
 
-def test_what_make_test_compiles_is_in_the_budget():
-    assert set(QUICK) <= set(KEPT)
+def test_budget_is_complete():
+    assert {(target, case) for target in KEPT_TARGETS for case in CASES} <= set(KEPT)
 
 
 def grew(row: dict, was: dict) -> list[str]:

@@ -146,8 +146,8 @@ def band_forward_kernel(
             # In this order the fewest tiles are alive at once: mass, past, the state's update, and only then weights between tokens of the chunk.
             if DECAY == 2:
                 c = tl.cumsum(read_tile(g + t0 * (G * F), oi, G * F, of, here, mf), 0)
-                similar = vector_weights(b_fq, b_f, c, BT, LEVELS, BF, False, PRECISION)
                 ahead, back, fade = fades(c, BT, True)
+                similar = vector_weights(b_fq, b_f, c, BT, LEVELS, BF, False, PRECISION)
                 b_fq = (b_fq * ahead).to(b_fq.dtype)
             past_mass = tl.sum(b_fq.to(tl.float32) * mass[None, :], 1)
             if DECAY == 1:

@@ -22,8 +22,8 @@ def band_tiles(K: int, V: int, wide: bool) -> Tiles:
 
 
 def linear_tiles(V: int, F: int, decay: int, wide: bool, roomy: bool) -> Tiles:
-    """The state F x BV lives in registers beside the window's tiles; see `scan_tiles`. Chunks of 64 read a window of 64 in two blocks, one of them kept,
-    and need states of 64 x 64 at most.
+    """The state F x BV lives in registers beside the window's tiles; see `scan_tiles`. Chunks of 64 read a window of 64 in two blocks
+    and need states of 64 x 64 at most. Groups of 4 warps repeat the scores of a chunk, so 8 warps hold no less each there.
     """
     large = roomy and not wide and decay != KEYS and max(pad(F), pad(V)) <= 64
     BT = 64 if large else (16 if decay == KEYS or wide or max(pad(F), pad(V)) > 64 else 32)
@@ -88,12 +88,13 @@ def forward(q, k, v, sink_k, sink_v, band: Band, *, out, total, top, logit=None,
         scan_states(v, fk, g, band, initial, final, hs)
     given = (fq, fk, mix, g, logit, total, initial, final, hs)
     fq, fk, mix, g, logit, total, h0, ht, hs = (q if x is None else x for x in given)
+    # A kept block of 64 slots does not fit into registers beside the state.
+    keep = linear is not None and max(pad(K), pad(V), pad(F)) <= 64 and tiles.BT < 64
     band_forward_kernel[(triton.cdiv(V, tiles.BV), triton.cdiv(packing.T, SEG * tiles.BT), packing.N * sizes["H"])](
         q, k, v, fq, fk, mix, g, sk, sv, logit, out, total, top, h0, ht, hs, band.cu(q),
         band.scale, packing.T, k.shape[1], sk.shape[1], band.before, band.position, band.window, band.skip, 0,
         F=F, BT=tiles.BT, BV=tiles.BV, BF=pad(F), SEG=SEG, LEVELS=tiles.BT.bit_length() - 1, DECAY=kind,
-        KEEP=linear is not None and max(pad(K), pad(V), pad(F)) <= 64 and tiles.BT < 64,
-        SEGMENTED=segmented, USE_H0=initial is not None, STORE_HT=final is not None and not segmented, **sizes, **tiles.options,
+        KEEP=keep, SEGMENTED=segmented, USE_H0=initial is not None, STORE_HT=final is not None and not segmented, **sizes, **tiles.options,
     )  # fmt: skip
 
 
