@@ -23,7 +23,7 @@ def band_tiles(K: int, V: int, wide: bool) -> Tiles:
 
 def linear_tiles(V: int, F: int, decay: int, wide: bool, roomy: bool) -> Tiles:
     """The state F x BV lives in registers beside the window's tiles; see `scan_tiles`. Chunks of 64 read a window of 64 in two blocks
-    and need states of 64 x 64 at most. Groups of 4 warps repeat the scores of a chunk, so 8 warps hold no less each there.
+    and need states of 64 x 64 at most. With wgmma groups of 4 warps repeat the scores, so 8 would hold no less each.
     """
     large = roomy and not wide and decay != KEYS and max(pad(F), pad(V)) <= 64
     BT = 64 if large else (16 if decay == KEYS or wide or max(pad(F), pad(V)) > 64 else 32)
