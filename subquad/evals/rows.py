@@ -57,6 +57,7 @@ class Metric:
     better: str
     text: Callable[[float], str]
     detail: bool = False  # left out of the table on the terminal; JSON and the report have it
+    drawn: bool = False  # has a picture and a table of its own in the report
 
 
 def _bytes(value: float) -> str:
@@ -84,14 +85,14 @@ def _number(value: float) -> str:
 
 METRICS = {
     "perplexity": Metric("perplexity", "lower", _number),
-    "perplexity_by_position": Metric("perplexity by position", "lower", _number),
+    "perplexity_by_position": Metric("perplexity by position", "lower", _number, drawn=True),
     "repeat_perplexity": Metric("repeat (perplexity)", "lower", _number),
     "kl_to_teacher": Metric("KL to teacher (nats/token)", "lower", _number),
     "top1_agreement": Metric("top-1 agreement", "higher", _percent),
     "accuracy": Metric("accuracy", "higher", _percent),
     "accuracy_norm": Metric("accuracy, length-normalised", "higher", _percent),
-    "accuracy_by_depth": Metric("accuracy by depth", "higher", _percent, detail=True),
-    "accuracy_by_paradigm": Metric("accuracy by paradigm", "higher", _percent, detail=True),
+    "accuracy_by_depth": Metric("accuracy by depth", "higher", _percent, detail=True, drawn=True),
+    "accuracy_by_paradigm": Metric("accuracy by paradigm", "higher", _percent, detail=True, drawn=True),
     "option_bias": Metric("option bias", "lower", _percent),
     "word_perplexity": Metric("perplexity per word", "lower", _number),
     "bits_per_byte": Metric("bits per byte", "lower", _number),

@@ -36,7 +36,7 @@ class Facts:
     @property
     def overall(self) -> list[dict[str, Any]]:
         """Rows of the one table of results: all but those that are many for one task."""
-        return [row for row in self.rows if not METRICS[row["metric"]].detail and row["metric"] != "perplexity_by_position"]
+        return [row for row in self.rows if not METRICS[row["metric"]].drawn]
 
     def of(self, *metrics: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["metric"] in metrics]
