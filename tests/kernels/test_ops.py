@@ -81,7 +81,7 @@ def linear_case(T, K, V, G, R, kind, packed, state, unit=False):
 
 def results(fn, leaves: dict, other: dict, dtype: torch.dtype, backend: str):
     """(outputs, gradients) of a loss that reads every differentiable output."""
-    leaves = {name: None if x is None else x.to(dtype).requires_grad_() for name, x in leaves.items()}
+    leaves = {name: None if x is None else x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
     outs = [x for x in fn(**leaves, **other, backend=backend) if x is not None]
     generator = torch.Generator().manual_seed(7)
     weights = [torch.randn(x.shape, generator=generator, dtype=D64) for x in outs]

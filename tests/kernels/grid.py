@@ -1,0 +1,143 @@
+"""The grid of shapes and numbers that every op is compared on, with its definition in fp64 (benchmarks/kernels_grid.py; tests/interp runs a few).
+
+A row per op, kind of gate (and of keys), length and head size; query heads per key/value head, value size, packing and initial state are dealt out. In
+`pairs`, a quarter of the rows, every two values of two columns still meet (tests/kernels/test_grid.py); all products would be 24 times the grid.
+
+Key: as in subquad/kernels/ops.py; D head size (K = D; V = D or the other), R query heads per key/value head.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from kernels.test_ops import D64, decay, randn
+from torch.nn.functional import normalize
+
+LENGTHS, SIZES, GROUPS = (1, 31, 64, 77, 250, 1000), (32, 64, 80, 128), (1, 3, 8)
+OTHER = {32: 64, 64: 80, 80: 48, 128: 32}  # V where K != V
+SCALAR = ("none", "scalar", "scalar strong", "scalar mixed")
+VECTOR = ("vector", "vector strong", "vector mixed")
+KINDS = {
+    "additive": SCALAR + VECTOR,
+    "delta": (*SCALAR, "repeated"),  # repeated: three keys again and again, beta 1 - 1e-4, mixed gates
+    "banded": ("inside", "given"),  # where the sinks are; given: a continued call
+    "window_linear": SCALAR + VECTOR,
+}
+STEPS = {
+    "additive_step": ("none", "scalar", "vector"),
+    "delta_step": ("none", "scalar"),
+    "window_linear_step": ("none", "scalar", "vector"),
+}
+SINKS = 4
+REST = list(itertools.product(GROUPS, (False, True), (False, True), (False, True)))  # R, packed, initial state, K != V
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    kind: str
+    T: int
+    D: int
+    R: int
+    V: int
+    packed: bool
+    state: bool
+
+    def __str__(self) -> str:
+        more = [name for name in ("packed", "state") if getattr(self, name)]
+        return ", ".join([self.op, self.kind, f"T {self.T}", f"K {self.D}", f"V {self.V}", f"R {self.R}", *more])
+
+
+def columns(row: Row) -> list[tuple]:
+    """Every pair of values of two columns that the row has."""
+    values = list(vars(row).items())[1:]
+    values = [("other" if name == "V" else name, value != row.D if name == "V" else value) for name, value in values]
+    return list(itertools.combinations(values, 2))
+
+
+def pairs() -> list[Row]:
+    """Fewest rows: of every op, each kind of gate at each length and each of two columns' values together at least once."""
+    rows = []
+    for op, kinds in KINDS.items():
+        seen: set = set()
+        for (i, T), (j, kind) in itertools.product(enumerate(LENGTHS), enumerate(kinds)):
+            for D in SIZES if op == "banded" else (SIZES[(i + j) % len(SIZES)],):
+                choices = [dealt(op, kind, T, D, *rest) for rest in REST]
+                best = max(choices, key=lambda row: len(set(columns(row)) - seen))
+                seen |= set(columns(best))
+                rows.append(best)
+    return rows
+
+
+def grid() -> list[Row]:
+    """Every op, kind, length and size: the rows of `pairs` first, then the others."""
+    first = pairs()
+    taken = {(row.op, row.kind, row.T, row.D) for row in first}
+    places = [(op, kind, T, D) for T in LENGTHS for op, kinds in KINDS.items() for kind in kinds for D in SIZES]
+    return first + [dealt(*place, *REST[7 * n % len(REST)]) for n, place in enumerate(places) if place not in taken]
+
+
+def dealt(op: str, kind: str, T: int, D: int, R: int, packed: bool, state: bool, other: bool) -> Row:
+    return Row(op, kind, T, D, R, OTHER[D] if other else D, packed and kind != "given", state and op != "banded")
+
+
+def tensors(row: Row) -> tuple[dict, dict]:
+    """(tensors with gradients, other arguments) of a row's op, in fp64."""
+    torch.manual_seed(row.T + row.D + row.R)
+    B, G = 1 if row.packed or row.T > 100 else 2, 2 if row.R == 1 else 1
+    N = 4 if row.packed else B
+    cu = torch.tensor([0, 1, 1, max(1, row.T // 2), row.T]) if row.packed else None
+    if row.op in ("additive", "delta"):
+        return linear(row, B, G, N), {"scale": 0.3, "output_final_state": True, "cu_seqlens": cu}
+    return windowed(row, B, G, N, cu)
+
+
+def linear(row: Row, B: int, G: int, N: int) -> dict:
+    T, K, V = row.T, row.D, row.V
+    k = randn(B, T, G, K)
+    leaves = {"q_BTHK": randn(B, T, G * row.R, K), "k_BTGK": k, "v_BTGV": randn(B, T, G, V)}
+    leaves["initial_state"] = randn(N, G, K, V) if row.state else None
+    if row.op == "additive":
+        return leaves | {"log_decay": decay(row.kind, B, T, G, K)}
+    k, beta = normalize(k, dim=-1), torch.rand(B, T, G, dtype=D64)
+    if row.kind == "repeated":
+        k, beta = k[:, torch.arange(T) % min(3, T)], torch.full_like(beta, 1 - 1e-4)
+    gates = decay("scalar mixed" if row.kind == "repeated" else row.kind, B, T, G, K)
+    return leaves | {"k_BTGK": k, "beta_BTG": beta, "log_decay_BTG": gates}
+
+
+def windowed(row: Row, B: int, G: int, N: int, cu) -> tuple[dict, dict]:
+    """A window of 16 or 64 tokens and 4 sinks. Features as wide as keys, except with a decay each over 1,000 tokens, where the definition needs T^2 F numbers."""
+    T, K, V, R = row.T, row.D, row.V, row.R
+    window = 16 if T <= 100 else 64
+    before = window if row.kind == "given" else 0
+    other = {"window": window, "sinks": SINKS, "position": before + 30 if before else 0, "cu_seqlens": cu}
+    leaves = {"q_BTHK": randn(B, T, G * R, K), "k_BXGK": randn(B, T + before, G, K), "v_BXGV": randn(B, T + before, G, V)}
+    if before:
+        leaves |= {"sink_k_BNGK": randn(B, SINKS, G, K), "sink_v_BNGV": randn(B, SINKS, G, V)}
+    if row.op == "banded":
+        return leaves, other
+    F = 32 if T > 500 and row.kind in VECTOR else row.D
+    leaves |= {
+        "fq_BTHF": torch.rand(B, T, G * R, F, dtype=D64),
+        "fk_BXGF": torch.rand(B, T, G, F, dtype=D64),
+        "mix_BTH": randn(B, T, G * R),
+    }
+    leaves |= {"log_decay": decay(row.kind, B, T, G, F), "initial_state": torch.rand(N, G, F, V + 1, dtype=D64) if row.state else None}
+    return leaves, other | {"output_final_state": True}
+
+
+def step(op: str, kind: str, D: int, R: int, V: int) -> tuple[list, dict, torch.Tensor]:
+    """(tensors before and after the state, sinks, the state) of one token, in fp64; None stands where the state goes."""
+    torch.manual_seed(D + R)
+    B, G, W = 2, 2, 40
+    g = decay(kind, B, 1, G, D)
+    g = None if g is None else g[:, 0]
+    q = randn(B, G * R, D)
+    if op != "window_linear_step":
+        more = [torch.rand(B, G, dtype=D64)] if op == "delta_step" else []
+        return [q, normalize(randn(B, G, D), dim=-1), randn(B, G, V), *more, None, g], {"scale": 0.3}, randn(B, G, D, V)
+    given = [q, randn(B, W, G, D), randn(B, W, G, V), torch.rand(B, G * R, D, dtype=D64), randn(B, G * R), None]
+    given += [torch.rand(B, G, D, dtype=D64), randn(B, G, V), g]
+    sinks = {"sink_k_BNGK": randn(B, SINKS, G, D), "sink_v_BNGV": randn(B, SINKS, G, V)}
+    return given, sinks, torch.rand(B, G, D, V + 1, dtype=D64)

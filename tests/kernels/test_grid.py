@@ -1,0 +1,35 @@
+"""The grid of kernels/grid.py has what it says, and the quickest of its rows hold on the backends that run in this process (the interpreter: tests/interp)."""
+
+import itertools
+
+import pytest
+from kernels import grid
+from kernels.test_ops import backend, compare  # noqa: F401 - a fixture
+
+from subquad.kernels import ops
+
+PAIRS = grid.pairs()
+
+
+@pytest.mark.parametrize("op", grid.KINDS)
+def test_every_two_values_meet(op):
+    rows = [row for row in PAIRS if row.op == op]
+    values = {"kind": grid.KINDS[op], "T": grid.LENGTHS, "D": grid.SIZES, "R": grid.GROUPS, "other": (False, True), "packed": (False, True)}
+    values |= {} if op == "banded" else {"state": (False, True)}
+    met = {pair for row in rows for pair in grid.columns(row)}
+    wanted = {
+        ((a, x), (b, y)) for a, b in itertools.combinations(values, 2) for x in values[a] for y in values[b]
+        if not ((a, x) == ("kind", "given") and (b, y) == ("packed", True))
+    }  # fmt: skip
+    order = ["kind", "T", "D", "R", "other", "packed", "state"]
+    met |= {tuple(sorted(pair, key=lambda one: order.index(one[0]))) for pair in met}
+    assert not wanted - met
+    assert {(row.kind, row.T, row.D) for row in grid.grid() if row.op == op} == set(
+        itertools.product(grid.KINDS[op], grid.LENGTHS, grid.SIZES)
+    )
+
+
+@pytest.mark.parametrize("row", [row for row in PAIRS if row.T in (31, 77)], ids=str)
+def test_rows(row, backend):  # noqa: F811
+    leaves, other = grid.tensors(row)
+    compare(getattr(ops, row.op), leaves, other, backend)
