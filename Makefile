@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 # Where CPU-only wheels of torch are wanted and the default index has none: make demo TORCH_PIP_ARGS="--index-url ..."
 TORCH_PIP_ARGS ?=
 
-.PHONY: demo test style bench smoke-mixers zoo kernels setup clean
+.PHONY: demo test style bench smoke-mixers zoo kernels kernels-grid setup clean
 
 demo: setup                ## convert a real model, heal it, measure it, sample from it; the page is runs/quickstart/report.html
 	$(BIN)/subquad run quickstart --out runs/quickstart
@@ -32,6 +32,10 @@ kernels: setup             ## every Triton kernel: interpreter, all compiled fig
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --confcutdir=tests/interp tests/interp
 	SUBQUAD_AOT=1 SUBQUAD_AOT_ALL=1 $(BIN)/python -m pytest -q --confcutdir=tests/aot tests/aot
 	$(BIN)/python benchmarks/mutate_kernels.py
+
+kernels-grid: setup        ## every op on every backend over all lengths, head sizes and gates, against fp64; hours, continues where it stopped
+	mkdir -p runs
+	$(BIN)/python benchmarks/kernels_grid.py --rows runs/kernels-grid.jsonl
 
 setup: $(VENV)/.ready
 
