@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 # Where CPU-only wheels of torch are wanted and the default index has none: make demo TORCH_PIP_ARGS="--index-url ..."
 TORCH_PIP_ARGS ?=
 
-.PHONY: demo test style bench smoke-mixers zoo kernels kernels-grid setup clean
+.PHONY: demo test style bench smoke-mixers zoo zoo-table kernels kernels-grid setup clean
 
 demo: setup                ## convert a real model, heal it, measure it, sample from it; the page is runs/quickstart/report.html
 	$(BIN)/subquad run quickstart --out runs/quickstart
@@ -20,7 +20,10 @@ smoke-mixers: setup        ## the smoke recipe with every causal mixer, through 
 	  while read name more; do $(BIN)/subquad run quickstart --set plan.mixer=$$name $$more --smoke --overwrite --out runs/smoke-$$name < /dev/null || exit 1; done
 
 zoo: setup                 ## all constant-memory mixers side by side; takes hours, continues where it stopped
-	$(BIN)/python benchmarks/zoo_table.py --out runs/zoo
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo_table.py --out runs/zoo
+
+zoo-table: setup           ## the table of what `make zoo` has done so far
+	$(BIN)/python benchmarks/zoo_table.py --out runs/zoo --print
 
 style: setup               ## lint and formatting of imports
 	$(BIN)/ruff check .

@@ -2,81 +2,95 @@
 
     python benchmarks/zoo_table.py --out runs/zoo                       # 100k tokens each; a preset that is done is not done again
     python benchmarks/zoo_table.py --out runs/zoo --tokens 20k --only gla,mala
+    python benchmarks/zoo_table.py --out runs/zoo --print               # the table of what is done so far
 
-One model is open; mixers are put in, trained against the teacher's attention outputs, measured and taken out again, so that nothing but the mixer
-differs. Rows: teacher, sinks + window, then the presets by perplexity. Rows are kept in OUT/rows.jsonl as they come.
+Presets are trained in groups that share the teacher's pass (side_by_side.py), best-known first; then each is put into the model, measured and taken out.
+Rows are kept in OUT/rows.jsonl as they come. Train tokens/s: tokens / (CPU seconds of the preset's own forward, backward and update + CPU seconds of the
+teacher's passes, counted in full for each), so that the speed is that of a preset trained alone. Run it with one thread.
 """
 
 import argparse
-import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from side_by_side import Runner, make_runner, put_in, train
 
-from subquad.distill.data import Tokens
+from subquad.distill.data import Batches, Tokens
 from subquad.distill.log import JsonLog
 from subquad.distill.stage import Stage
+from subquad.errors import UserError
 from subquad.evals import evaluate
-from subquad.healing import heal
 from subquad.inputs import Teacher, read_documents
-from subquad.linearize import linearize, plan, restore
+from subquad.linearize import plan, restore
 from subquad.linearize.mixers import causal
 from subquad.linearize.mixers.describe import constant
-from subquad.progress import Reporter
-from subquad.recipe import Recipe, load_recipe
+from subquad.recipe import load_recipe
 from subquad.settings import validate
 
 CONTEXT = 32768  # tokens at which bytes are counted
-COLUMNS = ("preset", "perplexity", "repeat", "state bytes", "parameters added", "train tokens/s")
+COLUMNS = ("preset", "perplexity", "repeat", "state bytes", "parameters added", "train tokens/s", "attention error")
+TASKS = {"perplexity": {"context": 2048, "windows": 4}, "repeat": {"length": 512, "samples": 2}}
+
+FIRST = (
+    "window", "window_linear", "gla", "gated_delta", "linear", "hedgehog_softmax2", "retnet", "mamba2", "deltanet", "gated_deltanet", "gated_linear",
+    "performer", "cosformer", "lolcats", "liger", "lightning", "hgrn2", "gsa", "abc", "t2r", "mala", "rala", "log_linear", "gateloop",
+)  # fmt: skip
+LAST = ("power2", "fast2", "taylorshift", "mamba", "titans")  # a step takes ten times as long: 2,080 features a head, or token by token
 
 
 def presets(only: str | None) -> list[str]:
     known = [name for name in causal() if constant(name)]
-    return known if only is None else [name for name in known if name in only.split(",")]
+    rest = [name for name in known if name not in (*FIRST, *LAST)]
+    ordered = [name for name in (*FIRST, *rest, *LAST) if name in known]
+    return ordered if only is None else [name for name in ordered if name in only.split(",")]
 
 
-def measure(model, held_out: Tokens, tasks: dict) -> dict[str, float]:
-    ids = torch.from_numpy(held_out.ids.astype("int64"))
-    rows = evaluate({"model": lambda: nullcontext(model)}, ids, tasks)
+def groups(names: list[str], size: int) -> list[list[str]]:
+    """Groups of `size`; each slow preset is a group of its own, so that none waits for it."""
+    fast = [name for name in names if name not in LAST]
+    return [fast[i : i + size] for i in range(0, len(fast), size)] + [[name] for name in names if name in LAST]
+
+
+def measure(model, held_out: torch.Tensor) -> dict[str, float]:
+    rows = evaluate({"model": lambda: nullcontext(model)}, held_out, TASKS)
     return {row["metric"]: row["value"] for row in rows}
 
 
-def one(name: str, model, recipe: Recipe, train: Tokens, held_out: Tokens, out: Path, arguments) -> dict:
-    """Train and measure one preset; `model` is the teacher again afterwards."""
-    what = plan(model, mixer=name, window=arguments.window, sinks=arguments.sinks)
-    torch.manual_seed(recipe.seed)
-    student = linearize(model, what)
-    stage = {"name": name, "train": "mixers", "inputs": "teacher", "losses": {"attention_output": 1.0}, "tokens": arguments.tokens}
-    stage = validate(Stage, stage | {"context": arguments.context, "lr": arguments.lr})
-    log, began, trained = JsonLog(out / f"{name}.jsonl"), time.monotonic(), 0
+def teacher_row(model, held_out: torch.Tensor) -> dict:
+    row = {"preset": "teacher", **measure(model, held_out), "state bytes": plan(model, mixer="window").teacher_bytes(CONTEXT)}
+    return row | {"parameters added": 0, "train tokens/s": 0.0}
+
+
+def row_of(runner: Runner, teacher_seconds: float, model, stage: Stage, held_out: torch.Tensor) -> dict:
+    """What is said of a preset after its training; one that failed has a note in the place of its numbers."""
+    trained = runner.steps * stage.batch * stage.context
+    row = {"preset": runner.name, "state bytes": runner.plan.student_bytes(CONTEXT), "parameters added": runner.plan.parameters_added()}
+    row |= {"train tokens/s": trained / (runner.seconds + teacher_seconds * runner.steps / stage.steps) if trained else 0.0, "tokens": trained}
+    if runner.failed:
+        return row | {"note": runner.failed}
+    began = time.process_time()
     try:
-        if what.parameters_added():
-            trained = heal(
-                student, [stage], train, open_teacher=lambda: None, folder=out / "checkpoints", log=log, seed=recipe.seed, report=Reporter()
-            )
-        speed = trained / (time.monotonic() - began)
-        student.eval()
-        found = measure(student, held_out, arguments.tasks)
+        found = measure(put_in(model, runner).eval(), held_out)
+    except (UserError, RuntimeError) as error:
+        return row | {"note": f"not measured: {error}"}
     finally:
         restore(model)
-    return {
-        "preset": name,
-        **found,
-        "state bytes": what.student_bytes(CONTEXT),
-        "parameters added": what.parameters_added(),
-        "train tokens/s": speed,
-    }
+    return row | found | {"attention error": runner.loss, "own seconds": runner.seconds, "measured in": time.process_time() - began}
 
 
 def table(rows: list[dict]) -> str:
+    """Teacher and sinks + window first, the others by perplexity, those without numbers last."""
     first = [row for name in ("teacher", "window") for row in rows if row["preset"] == name]
-    rest = sorted((row for row in rows if row not in first), key=lambda row: row["perplexity"])
+    rest = sorted((row for row in rows if row not in first), key=lambda row: row.get("perplexity", float("inf")))
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in first + rest:
-        cells = [row["preset"], f"{row['perplexity']:.2f}", f"{row['repeat_perplexity']:.2f}", f"{row['state bytes']:,}"]
-        lines.append("| " + " | ".join([*cells, f"{row['parameters added']:,}", f"{row['train tokens/s']:.0f}"]) + " |")
+        values = [f"{row['perplexity']:.2f}", f"{row['repeat_perplexity']:.2f}"] if "perplexity" in row else [row["note"], ""]
+        speed = f"{row['train tokens/s']:.0f}" if row["train tokens/s"] else ""
+        error = f"{row['attention error']:.3f}" if row.get("attention error", 0.0) > 0 else ""
+        sizes = [f"{row['state bytes']:,}", f"{row['parameters added']:,}"]
+        lines.append("| " + " | ".join([row["preset"], *values, *sizes, speed, error]) + " |")
     return "\n".join(lines)
 
 
@@ -88,31 +102,40 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--group", type=int, default=6, help="presets that share the teacher's pass")
     parser.add_argument("--only", help="presets, comma-separated; default: all of constant memory")
     parser.add_argument("--set", action="append", default=[], help="changes to the recipe that gives teacher and text")
+    parser.add_argument("--print", action="store_true", help="print the table of what is done and stop")
     arguments = parser.parse_args()
-    arguments.tasks = {"perplexity": {"context": 2048, "windows": 4}, "repeat": {"length": 512, "samples": 2}}
     arguments.out.mkdir(parents=True, exist_ok=True)
+    log = JsonLog(arguments.out / "rows.jsonl")
+    if not arguments.print:
+        run(arguments, log)
+    print(table(log.rows()))
+
+
+def run(arguments, log: JsonLog) -> None:
+    def write(row: dict) -> None:
+        log.write(row)
+        print(row, flush=True)
+
     recipe = load_recipe("smollm2-135m-window", arguments.set)
     teacher = Teacher(recipe)
-    train, held_out = (Tokens.from_documents(part, teacher.tokenizer) for part in read_documents(recipe.data))
-    model, kept = teacher.fresh().eval(), arguments.out / "rows.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    done = {row["preset"] for row in rows}
-    for name in ["teacher", *presets(arguments.only)]:
-        if name in done:
-            continue
-        if name == "teacher":
-            what = plan(model, mixer="window")
-            row = {"preset": name, **measure(model, held_out, arguments.tasks), "state bytes": what.teacher_bytes(CONTEXT)}
-            row |= {"parameters added": 0, "train tokens/s": 0.0}
-        else:
-            row = one(name, model, recipe, train, held_out, arguments.out, arguments)
-        rows.append(row)
-        with kept.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-    print(table(rows))
+    text, held_out = (Tokens.from_documents(part, teacher.tokenizer) for part in read_documents(recipe.data))
+    model, held_out = teacher.fresh().eval(), held_out.long()
+    stage = {"name": "transfer", "train": "mixers", "inputs": "teacher", "losses": {"attention_output": 1.0}, "tokens": arguments.tokens}
+    stage = validate(Stage, stage | {"context": arguments.context, "lr": arguments.lr})
+    batches = Batches(text, context=stage.context, batch=stage.batch, seed=recipe.seed)
+    done = {row["preset"] for row in log.rows()}
+    if "teacher" not in done:
+        write(teacher_row(model, held_out))
+    for names in groups([name for name in presets(arguments.only) if name not in done], arguments.group):
+        runners = [make_runner(model, name, recipe.seed, window=arguments.window, sinks=arguments.sinks) for name in names]
+        seconds = 0.0
+        if any(runner.parameters for runner in runners):
+            seconds = train(model, runners, stage, batches, tick=lambda step: step % 20 or print(step, time.strftime("%H:%M:%S"), flush=True))
+        for runner in runners:
+            write(row_of(runner, seconds, model, stage, held_out))
 
 
 if __name__ == "__main__":
