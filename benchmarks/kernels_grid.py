@@ -64,27 +64,16 @@ def run_row(row: grid.Row, backends: list[str]):
                "seconds": round(time.process_time() - started, 1)}  # fmt: skip
 
 
-def run_steps(backends: list[str]):
-    for op, kinds in grid.STEPS.items():
-        for i, (kind, D) in enumerate((kind, D) for kind in kinds for D in grid.SIZES):
-            for j, R in enumerate(grid.GROUPS):
-                V = grid.OTHER[D] if (i + j) % 2 else D
-                given, more, state = grid.step(op, kind, D, R, V)
-                want = state.clone()
-                wanted = getattr(ops, op)(*(want if n == given_at(given) else x for n, x in enumerate(given)), **more, backend="definition")
-                for backend in backends:
-                    started, mine = time.process_time(), state.float()
-                    low = [mine if n == given_at(given) else x if x is None else x.float() for n, x in enumerate(given)]
-                    more_low = {name: x.float() if isinstance(x, torch.Tensor) else x for name, x in more.items()}
-                    found = getattr(ops, op)(*low, **more_low, backend=backend)
-                    yield {"row": f"{op}, {kind}, K {D}, V {V}, R {R}", "op": op, "T": 1, "backend": backend,
-                           "forward": max(error(found, wanted), error(mine, want)), "backward": None,
-                           "seconds": round(time.process_time() - started, 1)}  # fmt: skip
-
-
-def given_at(given: list) -> int:
-    """Where the state goes: the first None."""
-    return next(n for n, x in enumerate(given) if x is None)
+def run_step(row: grid.Step, backends: list[str]):
+    """The step's output and the state it leaves."""
+    fn, wanted = getattr(ops, row.op), grid.step(row, D64)
+    want = fn(**wanted, backend="definition")
+    for backend in backends:
+        started, given = time.process_time(), grid.step(row, torch.float32)
+        found = fn(**given, backend=backend)
+        forward = max(error(found, want), *(error(given[name], wanted[name]) for name in given if name.startswith("state")))
+        yield {"row": str(row), "op": row.op, "T": 1, "backend": backend, "forward": forward, "backward": None,
+               "seconds": round(time.process_time() - started, 1)}  # fmt: skip
 
 
 def load(file: Path | None) -> list[dict]:
@@ -111,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--lengths", default=",".join(map(str, grid.LENGTHS)))
-    parser.add_argument("--ops", default=",".join([*grid.KINDS, "steps"]))
+    parser.add_argument("--ops", default=",".join([*grid.KINDS, *grid.STEPS]))
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--table", action="store_true", help="only print what --rows holds")
     asked = parser.parse_args()
@@ -127,16 +116,11 @@ def main() -> None:
             with asked.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(one) + "\n")
 
-    if not asked.table:
-        if "steps" in chosen:
-            for one in run_steps(backends):
-                if (one["row"], one["backend"]) not in done:
-                    keep(one)
-        for row in grid.grid():
-            missing = [backend for backend in backends if (str(row), backend) not in done]
-            if row.op in chosen and row.T in lengths and missing:
-                for one in run_row(row, missing):
-                    keep(one)
+    rows = [*grid.steps(), *grid.grid()]
+    for row in [] if asked.table else [row for row in rows if row.op in chosen and (row.op in grid.STEPS or row.T in lengths)]:
+        missing = [backend for backend in backends if (str(row), backend) not in done]
+        for one in (run_step if row.op in grid.STEPS else run_row)(row, missing) if missing else []:
+            keep(one)
     print(table(found))
     bad = [one for one in found if one["forward"] > OP or (one["backward"] or 0) > OP_GRADIENT]
     for one in bad:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad.distill.data import Batches
+from subquad.distill.loop import make_optimizer, smooth
 from subquad.distill.losses.attention import attention_output
 from subquad.distill.stage import Stage
 from subquad.linearize import Plan, linearize, plan, restore
@@ -34,7 +35,7 @@ class Runner:
     plan: Plan
     mixers: list[Mixer]
     seconds: float = 0.0  # of its own, without the teacher's pass
-    loss: float = math.nan  # of the attention outputs, running mean over layers and steps
+    loss: float | None = None  # of the attention outputs, running mean over layers and steps
     steps: int = 0
     failed: str = ""  # why it was taken out
     optimizer: torch.optim.Optimizer | None = None
@@ -93,8 +94,8 @@ def put_in(model: nn.Module, runner: Runner) -> nn.Module:
     return student
 
 
-def train(model: nn.Module, runners: list[Runner], stage: Stage, batches: Batches, tick: Callable[[int], None] = lambda step: None) -> float:
-    """All runners through the stage, in place. Returns the CPU seconds of the teacher's passes."""
+def train(model: nn.Module, runners: list[Runner], stage: Stage, batches: Batches, tick: Callable[[int], None] = lambda done: None) -> float:
+    """All runners through the stage, in place; tick(steps done). Returns the CPU seconds of the teacher's passes."""
     model.requires_grad_(False).eval()
     student = linearize(model, plan(model, mixer="window", window=1, sinks=0))
     recorders = {}
@@ -102,7 +103,7 @@ def train(model: nn.Module, runners: list[Runner], stage: Stage, batches: Batche
         recorders[seam.index] = seam.module.mixer = Recorder(runners, layer, seam.module.mixer)
     for runner in runners:
         if runner.parameters:
-            runner.optimizer = torch.optim.AdamW(runner.parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
+            runner.optimizer = make_optimizer(stage, runner.parameters)
 
     def on_layer(index: int, mixed: Tensor, exact_BTHV: Tensor, padding: Tensor | None) -> None:
         with torch.enable_grad():
@@ -117,7 +118,7 @@ def train(model: nn.Module, runners: list[Runner], stage: Stage, batches: Batche
             for runner in runners:
                 if runner.optimizer is not None and not runner.failed:
                     _update(runner, stage, step)
-            tick(step)
+            tick(step + 1)
         return clock() - began - sum(runner.seconds for runner in runners)
     finally:
         restore(model)
@@ -134,6 +135,6 @@ def _update(runner: Runner, stage: Stage, step: int) -> None:
         group["lr"] = stage.lr_at(step)
     runner.optimizer.step()
     runner.optimizer.zero_grad(set_to_none=True)
-    runner.loss = loss if step == 0 else 0.95 * runner.loss + 0.05 * loss
     runner.steps = step + 1
+    runner.loss = smooth(runner.loss, loss, runner.steps)
     runner.seconds += clock() - began

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def run_stage(
         return StageResult(stage.name, state["step"], state["tokens"], state["losses"], state["seconds"], skipped=True)
 
     model.to(accelerator.device)
-    optimizer = accelerator.prepare(_optimizer(stage, parameters))
+    optimizer = accelerator.prepare(make_optimizer(stage, parameters.values()))
     step, losses, earlier = 0, {}, 0.0
     if newest := checkpoint.latest(folder):
         state, weights, moments = checkpoint.load(newest, "model", "optimizer")
@@ -114,7 +114,7 @@ def run_stage(
 
             step += 1
             tokens = step * stage.batch * stage.context
-            losses = {name: _smooth(losses.get(name), value, step) for name, value in values.items()}
+            losses = {name: smooth(losses.get(name), value, step) for name, value in values.items()}
             now = time.perf_counter()
             seconds = earlier + now - began
             if accelerator.is_main_process:
@@ -141,10 +141,10 @@ def run_stage(
     return StageResult(stage.name, step, tokens, losses, seconds)
 
 
-def _optimizer(stage: Stage, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices, not on biases, scales and gates."""
-    groups = [{"params": [each], "weight_decay": stage.weight_decay if each.ndim > 1 else 0.0} for each in parameters.values()]
-    fused = all(each.device.type in ("cpu", "cuda") for each in parameters.values())  # 27 M parameters, one CPU core: 62 ms instead of 142
+def make_optimizer(stage: Stage, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with a group a parameter; weight decay on matrices, not on biases, scales and gates."""
+    groups = [{"params": [each], "weight_decay": stage.weight_decay if each.ndim > 1 else 0.0} for each in parameters]
+    fused = all(group["params"][0].device.type in ("cpu", "cuda") for group in groups)  # 27 M parameters, one CPU core: 62 ms instead of 142
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, fused=fused)
 
 
@@ -192,7 +192,7 @@ def _over_processes(
     return dict(zip(values, means, strict=True)), stops > 0
 
 
-def _smooth(before: float | None, value: float, step: int) -> float:
+def smooth(before: float | None, value: float, step: int) -> float:
     """Plain average over the first 1 / SMOOTH steps, exponential after."""
     return value if before is None else before + max(1 / step, SMOOTH) * (value - before)
 

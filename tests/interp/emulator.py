@@ -187,8 +187,7 @@ def install() -> None:
     Builder.binary_op = lambda self, a, b, operation: _settle(_binary(self, a, b, operation))
     Builder.ternary_op = lambda self, a, b, c, operation: _settle(_ternary(self, a, b, c, operation))
     Builder.unary_op = exponentials
-    # Each integer operation would be done three times to look for overflow, which shows at sizes nobody can interpret; addresses are checked by `watch`.
-    options = dict(allowed_dot_input_precisions=("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6"), sanitize_overflow=False)
+    options = dict(allowed_dot_input_precisions=("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6"))
     stock.interpreter_builder.options = stock.InterpreterOptions(**options)
     stock.GridExecutor.__call__, stock.InterpretedFunction.__call__ = launch, device_function
 

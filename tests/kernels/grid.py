@@ -1,4 +1,4 @@
-"""The grid of shapes and numbers that every op is compared on, with its definition in fp64 (benchmarks/kernels_grid.py; tests/interp runs a few).
+"""The grid of shapes and numbers that every op is compared on, with its definition in fp64: all of it by benchmarks/kernels_grid.py, some by test_grid.py.
 
 A row per op, kind of gate (and of keys), length and head size; query heads per key/value head, value size, packing and initial state are dealt out. In
 `pairs`, a quarter of the rows, every two values of two columns still meet (tests/kernels/test_grid.py); all products would be 24 times the grid.
@@ -127,17 +127,37 @@ def windowed(row: Row, B: int, G: int, N: int, cu) -> tuple[dict, dict]:
     return leaves, other | {"output_final_state": True}
 
 
-def step(op: str, kind: str, D: int, R: int, V: int) -> tuple[list, dict, torch.Tensor]:
-    """(tensors before and after the state, sinks, the state) of one token, in fp64; None stands where the state goes."""
-    torch.manual_seed(D + R)
-    B, G, W = 2, 2, 40
-    g = decay(kind, B, 1, G, D)
-    g = None if g is None else g[:, 0]
-    q = randn(B, G * R, D)
-    if op != "window_linear_step":
-        more = [torch.rand(B, G, dtype=D64)] if op == "delta_step" else []
-        return [q, normalize(randn(B, G, D), dim=-1), randn(B, G, V), *more, None, g], {"scale": 0.3}, randn(B, G, D, V)
-    given = [q, randn(B, W, G, D), randn(B, W, G, V), torch.rand(B, G * R, D, dtype=D64), randn(B, G * R), None]
-    given += [torch.rand(B, G, D, dtype=D64), randn(B, G, V), g]
-    sinks = {"sink_k_BNGK": randn(B, SINKS, G, D), "sink_v_BNGV": randn(B, SINKS, G, V)}
-    return given, sinks, torch.rand(B, G, D, V + 1, dtype=D64)
+@dataclass(frozen=True)
+class Step:
+    op: str
+    kind: str
+    D: int
+    R: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.kind}, K {self.D}, V {self.V}, R {self.R}"
+
+
+def steps() -> list[Step]:
+    places = [(op, *place) for op, kinds in STEPS.items() for place in itertools.product(kinds, SIZES, GROUPS)]
+    return [Step(op, kind, D, R, OTHER[D] if n % 2 else D) for n, (op, kind, D, R) in enumerate(places)]
+
+
+def step(row: Step, dtype: torch.dtype) -> dict:
+    """Arguments of a row's step in `dtype`, by name."""
+    torch.manual_seed(row.D + row.R)
+    B, G, W, D, R, V = 2, 2, 40, row.D, row.R, row.V
+    g = decay(row.kind, B, 1, G, D)
+    gate = None if g is None else g[:, 0]
+    if row.op == "window_linear_step":
+        given = {
+            "q_BHK": randn(B, G * R, D), "k_BWGK": randn(B, W, G, D), "v_BWGV": randn(B, W, G, V), "fq_BHF": torch.rand(B, G * R, D, dtype=D64),
+            "mix_BH": randn(B, G * R), "state_BGFX": torch.rand(B, G, D, V + 1, dtype=D64), "left_fk_BGF": torch.rand(B, G, D, dtype=D64),
+            "left_v_BGV": randn(B, G, V), "log_decay": gate,
+            "sink_k_BNGK": randn(B, SINKS, G, D), "sink_v_BNGV": randn(B, SINKS, G, V),
+        }  # fmt: skip
+    else:
+        given = {"q_BHK": randn(B, G * R, D), "k_BGK": normalize(randn(B, G, D), dim=-1), "v_BGV": randn(B, G, V), "state_BGKV": randn(B, G, D, V)}
+        given |= {"beta_BG": torch.rand(B, G, dtype=D64), "log_decay_BG": gate} if row.op == "delta_step" else {"log_decay": gate}
+    return {name: x if x is None else x.to(dtype) for name, x in given.items()} | ({} if row.op == "window_linear_step" else {"scale": 0.3})
