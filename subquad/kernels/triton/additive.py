@@ -70,15 +70,18 @@ def scan(
     launch(2, triton.cdiv(packing.T, SEGMENT_TOKENS), hs)
 
 
-def decay_gradient(q, dq, k, dk, carry, log_decay, packing: Packing, shift_k: int = 0, skip_k: int = 0) -> Tensor:
-    """Gradient of the log decay from those of q and k (fp32, dk summed over query heads); carry: final state times its gradient, or None."""
+def decay_gradient(q, dq, k, dk, carry, log_decay, packing: Packing, started: bool, shift_k: int = 0, skip_k: int = 0) -> Tensor:
+    """Gradient of the log decay from those of q and k (fp32, dk summed over query heads); carry: final state times its gradient, or None.
+
+    started: there was an initial state.
+    """
     G, R, K = k.shape[2], q.shape[2] // k.shape[2], q.shape[-1]
     scalar = log_decay.dim() == 3
     BK = pad(K) if scalar else min(pad(K), 64)
     out = torch.empty_like(log_decay, dtype=torch.float32)
     decay_gradient_kernel[(triton.cdiv(K, BK), packing.N * G)](
         q, dq, k, dk, q if carry is None else carry, out, q if packing.cu is None else packing.cu, packing.T, k.shape[1], shift_k, skip_k,
-        G=G, R=R, K=K, BT=32, BK=BK, SCALAR=scalar, USE_CARRY=carry is not None, VARLEN=packing.cu is not None, num_warps=4,
+        G=G, R=R, K=K, BT=32, BK=BK, SCALAR=scalar, USE_H0=started, USE_CARRY=carry is not None, VARLEN=packing.cu is not None, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -138,5 +141,5 @@ class Additive(torch.autograd.Function):
             carry = None
             if dfinal is not None:
                 carry = (final * dfinal).sum(-1).sum(-1) if kind == SCALAR else (final * dfinal).sum(-1)
-            dg = decay_gradient(q, dq, k, dk_sum, carry, log_decay, packing)
+            dg = decay_gradient(q, dq, k, dk_sum, carry, log_decay, packing, initial is not None)
         return dq.to(q.dtype), dk_sum.to(k.dtype), group_sum(dv, G, v.dtype), dg, dinitial, None, None, None, None, None

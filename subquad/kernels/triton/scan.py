@@ -190,9 +190,11 @@ def scan_kernel(
 def decay_gradient_kernel(
     q, dq, k, dk, carry, dg, cu, T, TK, shift_k, skip_k,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    SCALAR: tl.constexpr, USE_CARRY: tl.constexpr, VARLEN: tl.constexpr,
+    SCALAR: tl.constexpr, USE_H0: tl.constexpr, USE_CARRY: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """dg_t = carry + sum over s >= t of (sum_r q_s dq_s - k_s dk_s): every later token's exponent holds g_t once.
+
+    Up to the first token that is written, without an initial state, g_t fades nothing: that sum is rounding errors, and what is stored is 0.
 
     Grid (K / BK, N G); q, dq [.., T, G R, K], k, dk [.., TK, G, K] (row t - shift_k), carry [N, G (, K)], dg [.., T, G (, K)], all but q and k fp32.
     """
@@ -219,6 +221,7 @@ def decay_gradient_kernel(
         t = (chunks - 1 - n) * BT + oi
         here = t < length
         has_k = here & (t - shift_k >= skip_k)
+        fading = (t - shift_k > skip_k) | USE_H0
         at = (t0 - shift_k) * (G * K)
         each = -read_tile(k + at, oi, G * K, ok, has_k, mk).to(tl.float32) * read_tile(dk + at, oi, G * K, ok, has_k, mk).to(tl.float32)
         for r in range(R):
@@ -228,9 +231,10 @@ def decay_gradient_kernel(
         if SCALAR:
             e = tl.sum(each, 1)
             total = tl.sum(e, 0)
-            tl.store(dg + t0 * G + oi * G, later + total - tl.cumsum(e, 0) + e, mask=here)
+            tl.store(dg + t0 * G + oi * G, tl.where(fading, later + total - tl.cumsum(e, 0) + e, 0.0), mask=here)
             later += total
         else:
             total = tl.sum(each, 0)
-            write_tile(dg + t0 * (G * K), oi, G * K, ok, here, mk, (later + total)[None, :] - tl.cumsum(each, 0) + each)
+            dg_t = tl.where(fading[:, None], (later + total)[None, :] - tl.cumsum(each, 0) + each, 0.0)
+            write_tile(dg + t0 * (G * K), oi, G * K, ok, here, mk, dg_t)
             later += total

@@ -215,7 +215,7 @@ class WindowLinear(torch.autograd.Function):
             carry = None
             if dfinal is not None:
                 carry = (final * dfinal).sum(-1).sum(-1) if g.dim() == 3 else (final * dfinal).sum(-1)
-            dg = decay_gradient(query, dfq, fk, dfk, carry, g, band.packing, band.window - band.before, band.skip)
+            dg = decay_gradient(query, dfq, fk, dfk, carry, g, band.packing, initial is not None, band.window - band.before, band.skip)
         dsk, dsv = (None if x is None else x.to(k.dtype) for x in (dsk, dsv))
         dv = group_sum(dv.float() + dv_linear.float(), G, v.dtype)
         grads = (dq, group_sum(dk, G, k.dtype), dv, (dfq * weight).to(fq.dtype), dfk.to(fk.dtype), dmix, dg, dinitial, dsk, dsv)
