@@ -32,6 +32,12 @@ CASES |= {
     "gla none": ("gla", {"decay": "none"}),
     "gla joint": ("gla", {"combine": "joint"}),
     "gated_delta none": ("gated_delta", {"decay": "none"}),
+    "window_linear cache": ("window_linear", {"cache": 5}),
+    "gla cache": ("gla", {"cache": 5, "position": "drop", "decay": "scalar"}),
+    "lizard cache": ("lizard", {"cache": 1}),
+    "gated_deltanet cache": ("gated_deltanet", {"cache": 5}),
+    "gated_linear cache": ("gated_linear", {"cache": 5}),
+    "performer cache": ("performer", {"cache": 5}),
 }
 every = pytest.mark.parametrize("case", CASES)
 

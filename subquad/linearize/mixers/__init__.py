@@ -33,6 +33,8 @@ CHOICES = {
     "relative": {"span": int, "features": int},
 }
 
+MAY_BE_ZERO = ("features", "cache")
+
 
 def causal() -> tuple[str, ...]:
     """Names of the presets for decoders."""
@@ -55,8 +57,8 @@ def pieces(name: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
             problems.append(f"options.{key}: expected true or false, got {value!r}.")
         elif choices[key] in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, choices[key]))):
             problems.append(f"options.{key}: expected a {choices[key].__name__}, got {value!r}.")
-        elif choices[key] is int and value < (0 if key == "features" else 1):
-            problems.append(f"options.{key}: got {value}, allowed: {0 if key == 'features' else 1} or more.")
+        elif choices[key] is int and value < (least := 0 if key in MAY_BE_ZERO else 1):
+            problems.append(f"options.{key}: got {value}, allowed: {least} or more.")
     merged = {**preset.pieces, **(options or {})}
     if not problems and preset.uses == "cell":
         problems += clashes(name, {**DEFAULTS, **merged})

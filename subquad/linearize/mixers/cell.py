@@ -21,6 +21,7 @@ from subquad.linearize.mixers.normalisers import Normaliser
 from subquad.linearize.mixers.one_pass import fits, in_one_pass
 from subquad.linearize.mixers.positions import Phases
 from subquad.linearize.mixers.reads import READS
+from subquad.linearize.mixers.sparse_cache import through_cache
 from subquad.linearize.mixers.stream import Stream, count, leaving, pack_kept, positions, real, seen, whole
 from subquad.linearize.mixers.writes import WRITE_GATES
 
@@ -30,7 +31,7 @@ class Cell(Mixer):
 
     mass: the starting share of the linear branch, as a logit (gated, added) or as a log weight (joint). rank: of low-rank gates. features: of maps
     that can have any number (0: their own). horizon: longest distance of the cosine map. slots; partitions, top: how many there are, how many a
-    token uses.
+    token uses. cache: pairs that stay exact between window and state, 0 for none (sparse_cache.py).
     """
 
     def __init__(self, shape: HeadShape, window: int, sinks: int, **given):
@@ -99,6 +100,8 @@ class Cell(Mixer):
                 if call.state is not None and (before is not None or self.early):
                     call.state.memory = close_parts(parts)
                 return local.output().to(call.v_BTGV.dtype)
+            if self.pieces["cache"]:
+                local = through_cache(call, local, parts)
             stream = leaving(local, self.kept_sizes, position, self.window)
         else:
             stream = whole(call, kept, position)

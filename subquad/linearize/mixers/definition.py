@@ -18,6 +18,7 @@ from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, Mixer
 from subquad.linearize.mixers.cell import Cell
+from subquad.linearize.mixers.definition_cache import answers, walk, written_any
 from subquad.linearize.mixers.definition_full import full_definition
 from subquad.linearize.mixers.levels import level_of
 from subquad.linearize.mixers.shared_key import SharedKey
@@ -34,6 +35,8 @@ def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
         return window_attention(mixer, call)[0]
     if not isinstance(mixer, Cell):
         return full_definition(mixer, call)
+    if mixer.pieces["cache"]:
+        return cached_definition(mixer, call)
     T, alone = call.q_BTGRK.shape[1], mixer.pieces["combine"] == "alone"
     t, j = torch.arange(T)[:, None], torch.arange(T)[None]
     older = (j <= t) if alone else (j <= t - mixer.window) & (j >= mixer.sinks)
@@ -48,16 +51,33 @@ def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
             similar = weights_of(mixer, call, older)
         if mixer.pieces["combine"] == "joint":
             similar = similar * mixer.mix(call.hidden_BTD).exp().permute(0, 2, 3, 1)[..., None]
-        if mixer.pieces["combine"] == "joint_top":  # the maximum counts as a constant
-            top = (scores_of(call).masked_fill(~near(mixer, T), float("-inf"))).amax(-1, keepdim=True).detach()
-            if call.sink_logit_GR is not None:
-                top = torch.maximum(top, call.sink_logit_GR[None, :, :, None, None])
+        if mixer.pieces["combine"] == "joint_top":
+            top = top_of(mixer, call, near(mixer, T)).permute(0, 2, 3, 1)[..., None]
             similar = similar * top.exp() / torch.sigmoid(mixer.factor)[None, :, :, None, None]
         both = weights + similar
         return _apply(both / (both.sum(-1, keepdim=True) + extra), call.v_BTGV)
     linear = linear_branch(mixer, call, older)
     if alone:
         return linear
+    share = (torch.sigmoid(mixer.mix(call.hidden_BTD)) * some)[..., None]
+    return window + share * linear if mixer.pieces["combine"] == "added" else (1 - share) * window + share * linear
+
+
+def cached_definition(mixer: Cell, call: AttentionCall) -> Tensor:
+    """The same with the cached pairs among the near ones, and what the cache let go in the place of what left the window."""
+    seen, written = walk(mixer, call)
+    window, weights, extra = window_attention(mixer, call, seen)
+    y, total = answers(mixer, call, *_features(mixer, call), written)
+    some = torch.tensor(written_any(written)).to(y.dtype)[..., None, None]
+    if mixer.rows.combine.joint:
+        share = mixer.mix(call.hidden_BTD).exp() if mixer.pieces["combine"] == "joint" else top_of(mixer, call, seen).exp() / torch.sigmoid(mixer.factor)
+        numerator = _apply(weights, call.v_BTGV) + (share * some)[..., None] * y
+        divisor = weights.sum(-1).permute(0, 3, 1, 2) + (extra if isinstance(extra, float) else extra.squeeze(-1).permute(0, 3, 1, 2))
+        return numerator / (divisor + share * some * total)[..., None]
+    linear = y if mixer.rows.write.corrects or mixer.pieces["normaliser"] == "none" else y / total.clamp_min(1e-6)[..., None]
+    if mixer.output is not None:
+        linear = mixer.output(linear, call.hidden_BTD)
+    linear = linear if mixer.read_scale is None else linear * mixer.read_scale[..., None]
     share = (torch.sigmoid(mixer.mix(call.hidden_BTD)) * some)[..., None]
     return window + share * linear if mixer.pieces["combine"] == "added" else (1 - share) * window + share * linear
 
@@ -80,14 +100,22 @@ def near(mixer: Mixer, T: int) -> Tensor:
     return (j <= t) & ((j > t - mixer.window) | (j < mixer.sinks))
 
 
+def top_of(mixer: Mixer, call: AttentionCall, seen: Tensor) -> Tensor:
+    """[B, T, G, R]: the largest near score, as a constant."""
+    top = scores_of(call).masked_fill(~seen, float("-inf")).amax(-1)
+    if call.sink_logit_GR is not None:
+        top = torch.maximum(top, call.sink_logit_GR[None, :, :, None])
+    return top.detach().permute(0, 3, 1, 2)
+
+
 def scores_of(call: AttentionCall) -> Tensor:
     scores = torch.einsum("btgrk,bjgk->bgrtj", call.q_BTGRK, call.k_BTGK) * call.scale
     return scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
 
 
-def window_attention(mixer: Mixer, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | float]:
-    """(output, e^s of near tokens [B, G, R, T, J], what a learned sink adds to their sum)."""
-    weights = scores_of(call).exp() * near(mixer, call.q_BTGRK.shape[1])
+def window_attention(mixer: Mixer, call: AttentionCall, seen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(output, e^s of near tokens [B, G, R, T, J], what a learned sink adds to their sum). seen: other near tokens than the mixer's own."""
+    weights = scores_of(call).exp() * (near(mixer, call.q_BTGRK.shape[1]) if seen is None else seen)
     extra = 0.0 if call.sink_logit_GR is None else call.sink_logit_GR.exp()[None, :, :, None, None]
     return _apply(weights / (weights.sum(-1, keepdim=True) + extra), call.v_BTGV), weights, extra
 

@@ -21,7 +21,7 @@ TABLES = {
 # The pieces a preset may leave out.
 DEFAULTS = dict(
     feature_map="identity", decay="none", write="additive", normaliser="sum", key_weight="none", position="keep", output="none", container="plain",
-    combine="joint", mass=-4.0, rank=16, features=0, horizon=8192, slots=64, partitions=4, top=2,
+    combine="joint", mass=-4.0, rank=16, features=0, horizon=8192, slots=64, partitions=4, top=2, cache=0,
 )  # fmt: skip
 
 # What each may be: a row's name, or a number.
@@ -62,10 +62,17 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
     r = rows_of(p)
     joint, exponential = r.combine.joint, bool(r.feature_map.exponential)
     if r.container.slots:
-        wrong = [key for key in ("decay", "write", "normaliser", "key_weight") if p[key] != DEFAULTS[key]]
+        wrong = [key for key in ("decay", "write", "normaliser", "key_weight", "cache") if p[key] != DEFAULTS[key]]
         wrong += ["position"] if r.position.phases else []
         return [f"mixer {name!r}: {key} {p[key]} does not go with slots, which have gates and a softmax of their own." for key in wrong]
     found = []
+    if p["cache"] and (
+        not r.combine.window or p["container"] != "plain" or r.key_weight.rule or r.normaliser.counts or r.position.phases or p["feature_map"] == "cosine"
+    ):
+        found.append(
+            "options.cache keeps pairs between window and state: it goes with a window, container plain, key_weight none, position keep or drop, "
+            "a map that does not ask for positions and a normaliser that does not count tokens."
+        )
     if p["container"] == "levels" and (
         r.write.corrects or r.normaliser.counts or r.key_weight.rule or r.normaliser.per_feature or exponential
     ):

@@ -12,10 +12,11 @@ from subquad.linearize.mixers.base import HeadShape
 from subquad.linearize.mixers.feature_maps import features_of
 from subquad.linearize.mixers.key_weights import NOTHING
 from subquad.linearize.mixers.knobs import map_options, rows_of
+from subquad.linearize.mixers.sparse_cache import cache_parts
 from subquad.linearize.mixers.writes import WRITE_GATES
 
 # Parts that start at the log of nothing; all others start at 0.
-LOGS = ("top", "log_sum")
+LOGS = ("top", "log_sum", "cache_score")
 
 
 def base_features(shape: HeadShape, pieces: dict[str, Any]) -> int:
@@ -47,7 +48,7 @@ def part_shapes(shape: HeadShape, pieces: dict[str, Any]) -> dict[str, tuple[int
         parts |= rows.key_weight.rule.parts(G, base_features(shape, pieces))
     if rows.position.phases:
         parts["phase"] = (G, base_features(shape, pieces) // rows.position.phases)
-    return parts
+    return parts | cache_parts(shape, pieces["cache"], sum(kept_sizes(shape, pieces).values()))
 
 
 def kept_sizes(shape: HeadShape, pieces: dict[str, Any]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from subquad.linearize.mixers.knobs import rows_of
 from subquad.linearize.mixers.local import extend, one_token, remember_slots
 
 # What the ops do: window, sinks and plain sums of features under one normaliser.
-PIECES = dict(combine="joint", write="additive", container="plain", normaliser="sum", key_weight="none", position="keep")
+PIECES = dict(combine="joint", write="additive", container="plain", normaliser="sum", key_weight="none", position="keep", cache=0)
 
 
 def fits(pieces: dict[str, Any]) -> bool:
