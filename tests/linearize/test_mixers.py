@@ -32,6 +32,7 @@ CASES |= {
     "gla none": ("gla", {"decay": "none"}),
     "gla joint": ("gla", {"combine": "joint"}),
     "gated_delta none": ("gated_delta", {"decay": "none"}),
+    "lola": ("lola", {"cache": 5}),  # of its own size, nothing would be written at these lengths
     "window_linear cache": ("window_linear", {"cache": 5}),
     "gla cache": ("gla", {"cache": 5, "position": "drop", "decay": "scalar"}),
     "lizard cache": ("lizard", {"cache": 1}),

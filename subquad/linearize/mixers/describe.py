@@ -39,6 +39,8 @@ def formula(name: str) -> list[str]:
     p = {**DEFAULTS, **preset.pieces}
     r = rows_of(p)
     lines = [f"combine    {p['combine']}: {r.combine.about}"]
+    if p["cache"]:
+        lines.append(f"cache      {p['cache']} pairs per key/value head that the sums recall worst stay exact, under one softmax with window and sinks")
     if p["container"] != "plain":
         lines.append(f"container  {r.container.about}")
     if not r.container.slots:

@@ -173,6 +173,10 @@ MIXERS = {
         "window and Hedgehog features, the window's maximum on its own side", "G02 0.2", "LoLCATs (2024), official code",
         feature_map="hedgehog_softmax2", combine="joint_top",
     ),
+    "lola": _cell(
+        "lolcats with the 128 pairs a head that its sums recall worst kept exact", "G02", "LoLA (2025), scores kept from when a pair leaves the window",
+        feature_map="hedgehog_softmax2", combine="joint_top", cache=128,
+    ),
     "liger": _cell(
         "keys as gates, softmax features, half window", "Dependencies", "Liger (2025)", "nothing: no new parameters but the mix",
         feature_map="softmax", decay="pooled_key", normaliser="none", mass=0.0,

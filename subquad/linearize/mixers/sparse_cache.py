@@ -146,12 +146,14 @@ def attend_cached(call: AttentionCall, k_BGUK: Tensor, v_BGUV: Tensor, until_BGU
     k, v = (_take(x, inside).unflatten(2, (n, -1)) for x in (k_BGUK, v_BGUV))
     until = until_BGU.gather(2, inside).unflatten(2, (n, -1))
     shown = (entered[:, None] <= own[..., None]) & (until.unsqueeze(3) > own[..., None])  # [B, G, n, Q, J]
-    q = F.pad(call.q_BTGRK, (0, 0, 0, 0, 0, 0, 0, n * Q - T)).unflatten(1, (n, Q)).permute(0, 3, 1, 4, 2, 5)  # [B, G, n, R, Q, K]
-    scores = (q @ k.transpose(-1, -2).unsqueeze(3)).float() * call.scale
+    q = F.pad(call.q_BTGRK, (0, 0, 0, 0, 0, 0, 0, n * Q - T)).unflatten(1, (n, Q)).permute(0, 3, 1, 4, 2, 5).flatten(3, 4)  # [B, G, n, R Q, K]
+    if q.device.type == "cpu":  # bf16 products of this size took 5 times as long as fp32 ones
+        q, k, v = q.float(), k.float(), v.float()
+    scores = (q @ k.transpose(-1, -2)).float().unflatten(3, (-1, Q)) * call.scale  # [B, G, n, R, Q, J]
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     weights, denominator, top = band_weights("softmax", scores, shown.unsqueeze(3), 1, None)
-    numerator = (weights.to(v.dtype) @ v.unsqueeze(3)).float()
+    numerator = (weights.to(v.dtype).flatten(3, 4) @ v).float().unflatten(3, (-1, Q))
     # [B, G, n, R, Q, *] -> [B, T, G, R, *]
     return tuple(x.movedim((2, 4), (1, 2)).flatten(1, 2)[:, :T] for x in (numerator, denominator, top))
 
