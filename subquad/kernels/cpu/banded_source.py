@@ -12,7 +12,7 @@ struct WindowArgs {
   Tensor dout, dden;                    // backward: gradients of o (op 3: of the numerator) and of the denominator
   Tensor dq, dk, dv, dsk, dsv, dfq, dfk, dmix, dg;
   const float *h0, *dhT;
-  float *hT, *dh0;
+  float *hT, *dh0, *kept;               // kept: as in LinearArgs, the state before each 64 queries
   const int64_t* seq;
   int64_t N, G, R, K, V, F, mode, threads;
   int64_t window, sinks, before, position;  // before: slots in front of the first query; sinks from the first tokens when own_sinks is 0

@@ -1,6 +1,7 @@
 """The ops on the C++ kernels: tensors to pointers, outputs allocated, gradients as autograd functions. Arguments as in ops.py.
 
-Backward recomputes: saved are the inputs, and for the window ops one number (softmax mass) per token and head, plus the output of window_linear.
+Saved for backward are the inputs, the state of the linear ops before each 64 tokens (K V / 64 numbers a token and head), and for the window ops one
+number (softmax mass) per token and head, plus the output of window_linear. The rest is recomputed.
 
 Key: as in ops.py; N sequences, R = H / G.
 """
@@ -59,33 +60,44 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     return dict(G=G, R=q.shape[2] // G, K=q.shape[3], V=v.shape[3], threads=torch.get_num_threads())
 
 
+def _kept(seq: Tensor, wanted: bool, G: int, K: int, V: int) -> Tensor | None:
+    """Room for the states that backward starts from, one for 64 tokens of each sequence; None where no gradient is asked for."""
+    return torch.empty(int(((seq[:, 2] - seq[:, 1] + 63) // 64).sum()), G, K, V, dtype=torch.float32) if wanted else None
+
+
+def _wanted(*given: Tensor | None) -> bool:
+    """Asked before Function.apply, inside which no gradients are recorded."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
 class _LinearFunction(Function):
     """Op 1, or op 2 where beta is given."""
 
     @staticmethod
-    def forward(ctx, q, k, v, beta, g, h0, seq, scale, final, dtype):
+    def forward(ctx, q, k, v, beta, g, h0, seq, scale, final, dtype, wanted):
         o = _empty(q, *q.shape[:3], v.shape[3], dtype=dtype)
         hT = torch.empty(seq.shape[0], k.shape[2], k.shape[3], v.shape[3]) if final else None
-        ctx.save_for_backward(q, k, v, beta, g, h0)
+        kept = _kept(seq, wanted, *k.shape[2:], v.shape[3])
+        ctx.save_for_backward(q, k, v, beta, g, h0, kept)
         ctx.seq, ctx.scale = seq, scale
-        _LinearFunction.run("", ctx, q, k, v, beta, g, h0, o=o, hT=pointer(hT))
+        _LinearFunction.run("", ctx, q, k, v, beta, g, h0, kept, o=o, hT=pointer(hT))
         return o.to(dtype), hT
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dhT):
-        q, k, v, beta, g, h0 = given = ctx.saved_tensors
+        q, k, v, beta, g, h0, _ = given = ctx.saved_tensors
         dq, dk, dv = (_empty(x, *x.shape) for x in (q, k, v))
         dbeta, dg, dh0 = (None if x is None else torch.empty(x.shape) for x in (beta, g, h0))
         do, dhT = rows(do), _fp32(dhT)
         _LinearFunction.run("_backward", ctx, *given, o=do, dq=dq, dk=dk, dv=dv, dbeta=dbeta, dg=dg, dh0=pointer(dh0), dhT=pointer(dhT))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dg, dh0, None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dg, dh0, None, None, None, None, None
 
     @staticmethod
-    def run(direction, ctx, q, k, v, beta, g, h0, **more):
+    def run(direction, ctx, q, k, v, beta, g, h0, kept, **more):
         a = LinearArgs()
-        fill(a, q=q, k=k, v=v, beta=beta, g=g, h0=pointer(h0), seq=ctx.seq.data_ptr(), N=ctx.seq.shape[0], mode=_mode(g), scale=ctx.scale,
-             **_sizes(q, k, v), **more)  # fmt: skip
+        fill(a, q=q, k=k, v=v, beta=beta, g=g, h0=pointer(h0), kept=pointer(kept), seq=ctx.seq.data_ptr(), N=ctx.seq.shape[0], mode=_mode(g),
+             scale=ctx.scale, **_sizes(q, k, v), **more)  # fmt: skip
         run(f"subquad_{'additive' if beta is None else 'delta'}{direction}", a)
 
 
@@ -95,10 +107,8 @@ def additive(q, k, v, log_decay=None, **more):
 
 def delta(q, k, v, beta, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None):
     seq = _sequences(q.shape[0], q.shape[1], cu_seqlens)
-    return _LinearFunction.apply(
-        rows(q), rows(k), rows(v), _fp32(beta), _fp32(log_decay), _fp32(initial_state), seq, float(scale), output_final_state,
-        out_dtype or v.dtype,
-    )  # fmt: skip
+    given = rows(q), rows(k), rows(v), _fp32(beta), _fp32(log_decay), _fp32(initial_state)
+    return _LinearFunction.apply(*given, seq, float(scale), output_final_state, out_dtype or v.dtype, _wanted(*given))
 
 
 class _Setting:
@@ -150,22 +160,23 @@ def banded(
 
 class _WindowLinearFunction(Function):
     @staticmethod
-    def forward(ctx, q, k, v, fq, fk, mix, g, sk, sv, h0, setting, final):
+    def forward(ctx, q, k, v, fq, fk, mix, g, sk, sv, h0, setting, final, wanted):
         B, T, H, _ = q.shape
         V, G, F = v.shape[3], k.shape[2], fk.shape[3]
         o = _empty(v, B, T, H, V)
         mass = torch.empty(B, T, H)
         hT = torch.empty(setting.numbers["N"], G, F, V + 1) if final else None
-        setting.run("subquad_window_linear", q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, h0=pointer(h0), hT=pointer(hT), F=F,
-                    mode=_mode(g))  # fmt: skip
-        ctx.save_for_backward(q, k, v, fq, fk, mix, g, sk, sv, h0, o, mass)
+        kept = _kept(setting.seq, wanted, G, F, V + 1)
+        setting.run("subquad_window_linear", q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, h0=pointer(h0), hT=pointer(hT),
+                    kept=pointer(kept), F=F, mode=_mode(g))  # fmt: skip
+        ctx.save_for_backward(q, k, v, fq, fk, mix, g, sk, sv, h0, o, mass, kept)
         ctx.setting = setting
         return o.to(v.dtype), hT
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dhT):
-        q, k, v, fq, fk, mix, g, sk, sv, h0, o, mass = ctx.saved_tensors
+        q, k, v, fq, fk, mix, g, sk, sv, h0, o, mass, kept = ctx.saved_tensors
         needs = ctx.needs_input_grad
         inner = any(needs[i] for i in (0, 1, 2, 7, 8))
         do, dhT = rows(do), _fp32(dhT)
@@ -175,12 +186,12 @@ class _WindowLinearFunction(Function):
         dfq, dfk, dmix = _empty(fq, *fq.shape), _empty(fk, *fk.shape).zero_(), torch.empty(mix.shape)
         dg = None if g is None else torch.empty(g.shape)
         dh0 = None if h0 is None else torch.empty_like(h0)
-        ctx.setting.run("subquad_window_linear_backward", q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, h0=pointer(h0),
+        ctx.setting.run("subquad_window_linear_backward", q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, kept=pointer(kept),
                         dhT=pointer(dhT), dh0=pointer(dh0), dout=do, dfq=dfq, dfk=dfk, dmix=dmix, dg=dg, F=fk.shape[3], mode=_mode(g),
                         need_window=int(inner), **window)  # fmt: skip
         give = lambda name, x: window[name].to(x.dtype) if name in window else None  # noqa: E731
         return (give("dq", q), give("dk", k), give("dv", v), dfq.to(fq.dtype), dfk.to(fk.dtype), dmix, dg, give("dsk", sk), give("dsv", sv), dh0,
-                None, None)  # fmt: skip
+                None, None, None)  # fmt: skip
 
 
 def window_linear(
@@ -188,7 +199,6 @@ def window_linear(
     output_final_state=False, cu_seqlens=None,
 ):  # fmt: skip
     setting = _Setting(q, k, sink_k_BNGK, window=window, sinks=sinks, scale=scale, position=position, cu_seqlens=cu_seqlens)
-    return _WindowLinearFunction.apply(
-        rows(q), rows(k), rows(v), rows(fq), rows(fk), _fp32(mix), _fp32(log_decay), rows(sink_k_BNGK), rows(sink_v_BNGV),
-        _fp32(initial_state), setting, output_final_state,
-    )  # fmt: skip
+    given = (rows(q), rows(k), rows(v), rows(fq), rows(fk), _fp32(mix), _fp32(log_decay), rows(sink_k_BNGK), rows(sink_v_BNGV),
+             _fp32(initial_state))  # fmt: skip
+    return _WindowLinearFunction.apply(*given, setting, output_final_state, _wanted(*given))

@@ -1,8 +1,8 @@
 """C++: the additive recurrence, chunk by chunk, forward and backward: op 1, the linear half of op 5, and what op 2 (delta_source.py) builds on.
 
 Within a chunk, c_t is the running sum of log decays. No exponential of a difference is taken: pair decays are running products of exp(g_t) <= 1, so
-nothing overflows however strong the decay, and vanishing products are zeros. Backward walks the chunks from the end with the states before each
-chunk recomputed. Gradients of log decays are prefix or suffix sums inside a chunk plus what crosses it whole; no difference of large sums.
+nothing overflows however strong the decay, and vanishing products are zeros. Backward walks the chunks from the end with the states that the forward
+kept, one per 64 tokens. Gradients of log decays are prefix or suffix sums inside a chunk plus what crosses it whole; no difference of large sums.
 """
 
 SOURCE = r"""
@@ -11,7 +11,7 @@ enum { PLAIN = 0, SCALAR = 1, VECTOR = 2 };
 struct LinearArgs {  // ops 1 and 2
   Tensor q, k, v, g, beta, o, dq, dk, dv, dg, dbeta;  // backward: o is the gradient of the output
   const float *h0, *dhT;
-  float *hT, *dh0;
+  float *hT, *dh0, *kept;  // kept [blocks, G, state]: the state before each 64 tokens of each sequence, for backward; null: nobody asks for it
   const int64_t* seq;  // [N, 3]: row, first token, end
   int64_t N, G, R, K, V, mode, threads;
   double scale;
@@ -140,7 +140,29 @@ struct Linear {  // one (sequence, key/value head)
       for (int t = 0; t < n; t++) axpy(z, 1.0f, written() + t * Kp, Kp);
     empty = false;
   }
+  // The state as the forward keeps it for backward: [K, V], and [K] where there are sums.
+  int64_t kept_size() const { return (int64_t)K * (V + sums); }
+  void keep(float* dst) {
+    store_state(dst, K, V, V, S);
+    if (sums) memcpy(dst + K * V, z, 4 * K);
+  }
+  void restore(float* src, float* buf) {  // buf: where sizes need padding
+    if (K % L == 0 && V % L == 0) {
+      S = src, z = sums ? src + K * V : z;
+      return;
+    }
+    S = buf, z = buf + Kp * Vp;
+    load_state(src, K, V, V, S);
+    memset(z, 0, 4 * Kp);
+    if (sums) memcpy(z, src + K * V, 4 * K);
+  }
 };
+constexpr int BLOCK = 64;  // tokens between kept states
+static int64_t blocks_before(const int64_t* seq, int64_t s) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < s; i++) n += (seq[3 * i + 2] - seq[3 * i + 1] + BLOCK - 1) / BLOCK;
+  return n;
+}
 
 struct LinearBackward {  // around a Linear whose S, z are the state before the chunk at hand
   Linear& l;
@@ -313,6 +335,7 @@ static void forward(const LinearArgs& a) {
     int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V;
     Cell l(a.K, a.V, a.mode);
     Heads heads(l, h0, h1);
+    int64_t block = blocks_before(a.seq, s);
     float *q = arena.get(l.n * l.Kp), *out = arena.get(l.n * l.Vp);
     for (int64_t h = h0; a.h0 && h < h1; h++) {
       heads.take(h);
@@ -322,6 +345,7 @@ static void forward(const LinearArgs& a) {
     for (int64_t t = lo; t < hi; t += l.n)
       for (int64_t h = h0; h < h1; h++) {
         heads.take(h);
+        if (a.kept && (t - lo) % BLOCK == 0) l.keep(a.kept + ((block + (t - lo) / BLOCK) * a.G + h) * l.kept_size());
         l.load(a, b, t, h, lo, hi);
         Ahead ahead;
         for (int64_t r = 0; r < a.R; r++) {
@@ -337,16 +361,26 @@ static void forward(const LinearArgs& a) {
   });
 }
 
-// Backward: the gradients of query head r, then what the next one takes, or the chunk before.
-static Ahead rows_before(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int rows, int64_t hi, bool more) {
+// Gradients of the states of several heads behind one set of tiles.
+template <class Backward>
+struct HeadGradients {
+  Backward& w;
+  int64_t first, size;
+  float* all;
+  HeadGradients(Backward& w, int64_t h0, int64_t h1) : w(w), first(h0), size(w.l.Kp * (w.l.Vp + 1)) { all = arena.zeros((h1 - h0) * size); }
+  void take(int64_t h) { w.dS = all + (h - first) * size, w.dz = w.dS + w.l.Kp * w.l.Vp; }
+};
+
+// Backward: the gradients of query head r, then what the next one takes; before the first head, the chunk before.
+static Ahead rows_before(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t h0, int64_t h1, int rows, int64_t lo, int64_t hi) {
   Ahead ahead;
   ahead.want(a.dq, b, t, h * a.R + r, rows, a.K, hi, true);
-  bool last = r + 1 == a.R;
-  if (last) {
+  if (r + 1 == a.R) {
     ahead.want(a.dk, b, t, h, rows, a.K, hi, true);
     ahead.want(a.dv, b, t, h, rows, a.V, hi, true);
-    if (!more) return ahead;
-    t -= rows, r = -1;
+    if (++h == h1) h = h0, t -= rows;
+    if (t < lo) return ahead;
+    r = -1;
     ahead.want(a.k, b, t, h, rows, a.K, hi);
     ahead.want(a.v, b, t, h, rows, a.V, hi);
   }
@@ -355,42 +389,61 @@ static Ahead rows_before(const LinearArgs& a, int64_t b, int64_t t, int64_t h, i
   return ahead;
 }
 
+// The states before each chunk of a block of 64 tokens: the first was kept, the others (vector decay: chunks of 16) are written again.
+struct BlockStates {
+  Linear& l;
+  int64_t size;
+  float *own, *S[BLOCK / 16], *z[BLOCK / 16];
+  BlockStates(Linear& l) : l(l), size(l.Kp * (l.Vp + 1)), own(arena.get(BLOCK / l.n * size)) {}
+  template <class Load>
+  void fill(float* kept, int count, Load load) {  // load(c): chunk c's decays, keys and values
+    l.restore(kept, own);
+    for (int c = 0;; c++) {
+      S[c] = l.S, z[c] = l.z;
+      if (c + 1 == count) break;
+      float* next = own + (c + 1) * size;
+      memcpy(next, l.S, 4 * l.Kp * l.Vp), memcpy(next + l.Kp * l.Vp, l.z, 4 * l.Kp);
+      l.S = next, l.z = next + l.Kp * l.Vp;
+      load(c);
+      l.write();
+    }
+  }
+  void take(int c) { l.S = S[c], l.z = z[c]; }
+};
+
 template <class Cell, class Backward>
 static void backward(const LinearArgs& a) {
-  parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
+  parallel_heads(a.N, a.G, a.threads, [&](int64_t s, int64_t h0, int64_t h1) {
+    int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V, block = blocks_before(a.seq, s), ld;
     Cell l(a.K, a.V, a.mode);
     Backward w(l);
-    if (a.h0) load_state(a.h0 + task * a.K * a.V, a.K, a.V, a.V, l.S);
-    if (a.dhT) load_state(a.dhT + task * a.K * a.V, a.K, a.V, a.V, w.dS);
+    HeadGradients<Backward> gradients(w, h0, h1);
+    BlockStates states(l);
     l.empty = false;
-    int64_t chunks = (hi - lo + l.n - 1) / l.n, size = l.Kp * l.Vp;
-    float *states = arena.get(chunks * size + 1), *buf = arena.get(l.n * l.Kp), *d = arena.get(l.n * l.Vp);
-    for (int64_t i = 0; i < chunks; i++) {
-      memcpy(states + i * size, l.S, 4 * size);
-      if (i + 1 == chunks) break;
-      l.load(a, b, lo + i * l.n, h, lo, hi);
-      Ahead ahead;
-      ahead.want(a.k, b, lo + (i + 1) * l.n, h, l.n, a.K, hi);
-      ahead.want(a.v, b, lo + (i + 1) * l.n, h, l.n, a.V, hi);
-      l.write(&ahead);
-    }
-    for (int64_t i = chunks - 1; i >= 0; i--) {
-      int64_t t = lo + i * l.n;
-      l.S = states + i * size;
-      l.load(a, b, t, h, lo, hi);
-      w.begin();
-      for (int64_t r = 0; r < a.R; r++) {
-        const float* q = borrow_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, buf, ld);
-        load_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, d, a.scale);
-        Ahead ahead = rows_before(a, b, t, h, r, l.n, hi, i > 0);
-        w.head(q, ld, d, nullptr, &ahead);
-        store_tile(a.dq, b, t, h * a.R + r, l.n, a.K, lo, hi, w.dq);
+    float *buf = arena.get(l.n * l.Kp), *d = arena.get(l.n * l.Vp);
+    for (int64_t h = h0; a.dhT && h < h1; h++) gradients.take(h), load_state(a.dhT + (s * a.G + h) * KV, a.K, a.V, a.V, w.dS);
+    for (int64_t i = (hi - lo + BLOCK - 1) / BLOCK - 1; i >= 0; i--)
+      for (int64_t h = h0; h < h1; h++) {
+        int64_t from = lo + i * BLOCK, left = hi - from < BLOCK ? hi - from : BLOCK, chunks = (left + l.n - 1) / l.n;
+        gradients.take(h);
+        states.fill(a.kept + ((block + i) * a.G + h) * l.kept_size(), chunks, [&](int c) { l.load(a, b, from + c * l.n, h, lo, hi); });
+        for (int64_t c = chunks - 1; c >= 0; c--) {
+          int64_t t = from + c * l.n;
+          states.take(c);
+          l.load(a, b, t, h, lo, hi);
+          w.begin();
+          for (int64_t r = 0; r < a.R; r++) {
+            const float* q = borrow_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, buf, ld);
+            load_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, d, a.scale);
+            Ahead ahead = rows_before(a, b, t, h, r, h0, h1, l.n, lo, hi);
+            w.head(q, ld, d, nullptr, &ahead);
+            store_tile(a.dq, b, t, h * a.R + r, l.n, a.K, lo, hi, w.dq);
+          }
+          w.finish();
+          w.store(a, b, t, h, lo, hi);
+        }
       }
-      w.finish();
-      w.store(a, b, t, h, lo, hi);
-    }
-    if (a.dh0) store_state(a.dh0 + task * a.K * a.V, a.K, a.V, a.V, w.dS);
+    for (int64_t h = h0; a.dh0 && h < h1; h++) gradients.take(h), store_state(a.dh0 + (s * a.G + h) * KV, a.K, a.V, a.V, w.dS);
   });
 }
 

@@ -25,14 +25,14 @@ def _struct(name: str, *fields: tuple[str, type]):
 LinearArgs = _struct(
     "LinearArgs",
     ("q k v g beta o dq dk dv dg dbeta", _Tensor),
-    ("h0 dhT hT dh0 seq", c_void_p),
+    ("h0 dhT hT dh0 kept seq", c_void_p),
     ("N G R K V mode threads", c_int64),
     ("scale", c_double),
 )
 WindowArgs = _struct(
     "WindowArgs",
     ("q k v sk sv o den top fq fk mix g dout dden dq dk dv dsk dsv dfq dfk dmix dg", _Tensor),
-    ("h0 dhT hT dh0 seq", c_void_p),
+    ("h0 dhT hT dh0 kept seq", c_void_p),
     ("N G R K V F mode threads window sinks before position own_sinks need_window", c_int64),
     ("scale", c_double),
 )

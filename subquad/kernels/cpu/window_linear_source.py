@@ -40,7 +40,7 @@ static Ahead rows_after(const WindowArgs& a, int64_t b, int64_t t, int64_t h, in
 extern "C" void subquad_window_linear(const WindowArgs* pa) {
   const WindowArgs& a = *pa;
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld, from, to;
+    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld, from, to, block = blocks_before(a.seq, s);
     Window w(a, b, h, lo, hi);
     Linear l(a.F, a.V, a.mode, true);
     int64_t size = a.F * (a.V + 1);
@@ -53,6 +53,7 @@ extern "C" void subquad_window_linear(const WindowArgs* pa) {
     for (int64_t i = 0, t = lo; t < hi; i++, t += BQ) {
       for (; w.have <= i; w.have++) w.load_block(w.have, tile);
       bool some = older(a, i * BQ + BQ - 1) || !l.empty;
+      if (a.kept) l.keep(a.kept + ((block + i) * a.G + h) * l.kept_size());
       for (int c = 0; some && c < BQ; c += l.n) {
         l.decays(a.g, b, t + c, h, lo, hi);
         l.keys(a.fk, a.v, b, w.ks + i * BQ + c - a.window, h, from, to);
@@ -123,24 +124,21 @@ static void older_backward(const WindowArgs& a, int64_t task, MixedRows& rows, W
   Linear l(a.F, a.V, a.mode, true);
   LinearBackward w(l);
   int Vp = l.Vp, n = l.n;
-  if (a.h0) load_sums(a.h0 + task * a.F * (a.V + 1), a.F, a.V, l.S, l.z);
+  BlockStates states(l);
+  l.empty = false;
   if (a.dhT) load_sums(a.dhT + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
   left_bounds(a, ks, lo, hi, from, to);
-  int64_t chunks = (hi - lo + n - 1) / n, size = l.Kp * Vp;
-  float *states = arena.get(chunks * (size + l.Kp) + 1), *fbuf = arena.get(n * l.Kp), mix[BQ], dmix[BQ];
+  int64_t block = blocks_before(a.seq, task / a.G), per = BLOCK / n, chunks = (hi - lo + n - 1) / n;
+  float *fbuf = arena.get(n * l.Kp), mix[BQ], dmix[BQ];
   auto load = [&](int64_t i) {
     l.decays(a.g, b, lo + i * n, h, lo, hi);
     l.keys(a.fk, a.v, b, ks + i * n - a.window, h, from, to);
   };
-  for (int64_t i = 0; i < chunks; i++) {
-    memcpy(states + i * (size + l.Kp), l.S, 4 * size), memcpy(states + i * (size + l.Kp) + size, l.z, 4 * l.Kp);
-    if (i + 1 == chunks) break;
-    load(i);
-    l.write();
-  }
   for (int64_t i = chunks - 1; i >= 0; i--) {
-    int64_t t = lo + i * n;
-    l.S = states + i * (size + l.Kp), l.z = l.S + size;
+    int64_t t = lo + i * n, j = i / per;
+    if (i + 1 == chunks || i % per == per - 1)
+      states.fill(a.kept + ((block + j) * a.G + h) * l.kept_size(), i % per + 1, [&](int c) { load(j * per + c); });
+    states.take(i % per);
     load(i);
     w.begin();
     for (int64_t r = 0; r < a.R; r++) {
