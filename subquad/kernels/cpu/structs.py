@@ -60,5 +60,8 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def rows(x: Tensor | None) -> Tensor | None:
-    """With contiguous rows: what a tile load takes."""
-    return x if x is None or x.dim() < 4 or x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
+    """With contiguous rows: what a tile load takes. Only what differs is copied: the gradient of a sum is one number, seen everywhere."""
+    if x is None or x.dim() < 4 or x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()):
+        return x
+    once = [slice(0, 1) if n > 1 and step == 0 else slice(None) for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return x[tuple(once)].contiguous().expand(x.shape)
