@@ -183,7 +183,7 @@ class _WindowLinearFunction(Function):
         window = {name: _empty(x, *x.shape) for name, x in (("dq", q), ("dk", k), ("dv", v))} if inner else {}
         if inner and sk is not None:
             window |= {"dsk": _empty(sk, *sk.shape), "dsv": _empty(sv, *sv.shape)}
-        dfq, dfk, dmix = _empty(fq, *fq.shape), _empty(fk, *fk.shape).zero_(), torch.empty(mix.shape)
+        dfq, dfk, dmix = _empty(fq, *fq.shape), _empty(fk, *fk.shape), torch.empty(mix.shape)
         dg = None if g is None else torch.empty(g.shape)
         dh0 = None if h0 is None else torch.empty_like(h0)
         ctx.setting.run("subquad_window_linear_backward", q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, kept=pointer(kept),

@@ -100,7 +100,7 @@ INLINE const char* at(const Tensor& t, int64_t b, int64_t i, int64_t h) {
 // Rows that will be needed soon, asked for a few at a time between products: the memory's latency hides behind arithmetic. They are read into the second
 // cache level: the tiles at hand fill the first.
 struct Ahead {
-  struct Rows { const char* p; int64_t stride, bytes, count; bool write; } of[8];
+  struct Rows { const char* p; int64_t stride, bytes, count; bool write; } of[12];
   int used = 0, now = 0;
   int64_t row = 0;
   void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi, bool write = false) {

@@ -118,64 +118,122 @@ struct MixedRows {  // d: gradient of the output; dd: minus d.o; given: log of t
   }
 };
 
-// Features, gates and the state; what the state asks of values is added to `near` (null: nobody asks).
-static void older_backward(const WindowArgs& a, int64_t task, MixedRows& rows, WindowBackward* near) {
-  int64_t h = task % a.G, b = rows.b, lo = rows.lo, hi = rows.hi, ks = lo + a.before, ld, from, to;
-  Linear l(a.F, a.V, a.mode, true);
-  LinearBackward w(l);
-  int Vp = l.Vp, n = l.n;
-  BlockStates states(l);
-  l.empty = false;
-  if (a.dhT) load_sums(a.dhT + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
-  left_bounds(a, ks, lo, hi, from, to);
-  int64_t block = blocks_before(a.seq, task / a.G), per = BLOCK / n, chunks = (hi - lo + n - 1) / n;
-  float *fbuf = arena.get(n * l.Kp), mix[BQ], dmix[BQ];
-  auto load = [&](int64_t i) {
-    l.decays(a.g, b, lo + i * n, h, lo, hi);
-    l.keys(a.fk, a.v, b, ks + i * n - a.window, h, from, to);
-  };
-  for (int64_t i = chunks - 1; i >= 0; i--) {
-    int64_t t = lo + i * n, j = i / per;
-    if (i + 1 == chunks || i % per == per - 1)
-      states.fill(a.kept + ((block + j) * a.G + h) * l.kept_size(), i % per + 1, [&](int c) { load(j * per + c); });
-    states.take(i % per);
-    load(i);
+struct Older {  // features, gates and the state of one (sequence, key/value head)
+  const WindowArgs& a;
+  int64_t task, b, h, lo, hi, ks, from, to, first, ld;
+  Linear l;
+  LinearBackward w;
+  BlockStates states;
+  float* fbuf;
+  Older(const WindowArgs& a, int64_t task, int64_t b, int64_t lo, int64_t hi)
+      : a(a), task(task), b(b), h(task % a.G), lo(lo), hi(hi), ks(lo + a.before), l(a.F, a.V, a.mode, true), w(l), states(l) {
+    l.empty = false, first = blocks_before(a.seq, task / a.G), fbuf = arena.get(l.n * l.Kp);
+    if (a.dhT) load_sums(a.dhT + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
+    left_bounds(a, ks, lo, hi, from, to);
+  }
+  void load(int64_t x) {  // the chunk of queries x ..
+    l.decays(a.g, b, lo + x, h, lo, hi);
+    l.keys(a.fk, a.v, b, ks + x - a.window, h, from, to);
+  }
+  int chunks(int64_t i) const { return ((hi - lo - i * BQ < BQ ? hi - lo - i * BQ : BQ) + l.n - 1) / l.n; }
+  float* kept(int64_t i) const { return a.kept + ((first + i) * a.G + h) * l.kept_size(); }
+  void fill(int64_t i) {
+    states.fill(kept(i), chunks(i), [&](int c) { load(i * BQ + c * l.n); });
+  }
+  void begin(int64_t i, int c) {
+    states.take(c);
+    load(i * BQ + c * l.n);
     w.begin();
-    for (int64_t r = 0; r < a.R; r++) {
-      int64_t head = h * a.R + r;
-      rows.load(t, head, n);
-      load_column(a.mix, b, t, head, n, lo, hi, mix);
-      for (int m = 0; m < n; m++) {
-        float c = older(a, i * n + m) ? exp1(mix[m] - rows.given[m]) : 0.0f;
-        rows.dd[m] *= c;
-        scale_row(rows.d + m * Vp, c, Vp);
-      }
-      const float* fq = borrow_tile(a.fq, b, t, head, n, a.F, lo, hi, fbuf, ld);
-      w.head(fq, ld, rows.d, rows.dd);
-      for (int m = 0; m < n; m++) dmix[m] = dot(fq + m * ld, w.dq + m * l.Kp, l.Kp);
-      store_tile(a.dfq, b, t, head, n, a.F, lo, hi, w.dq);
-      store_column(a.dmix, b, t, head, n, lo, hi, dmix);
+  }
+  void head(int64_t x, int64_t head, MixedRows& rows, Ahead* ahead) {  // scales the rows' gradients by the state's share of the mass
+    float mix[BQ], dmix[BQ];
+    load_column(a.mix, b, lo + x, head, l.n, lo, hi, mix);
+    for (int m = 0; m < l.n; m++) {
+      float c = older(a, x + m) ? exp1(mix[m] - rows.given[m]) : 0.0f;
+      rows.dd[m] *= c;
+      scale_row(rows.d + m * l.Vp, c, l.Vp);
     }
-    store_tile(a.dfk, b, ks + i * n - a.window, h, n, a.F, from, to, w.dk);
-    w.store_decay(a.dg, b, t, h, lo, hi);
-    for (int m = 0; near && m < n; m++) {
-      int64_t x = i * n + m - a.window;
-      if (ks + x >= from && ks + x < to) axpy(near->dV + near->row(x) * Vp, 1.0f, w.dv + m * Vp, Vp);
+    const float* fq = borrow_tile(a.fq, b, lo + x, head, l.n, a.F, lo, hi, fbuf, ld);
+    w.head(fq, ld, rows.d, rows.dd, ahead);
+    for (int m = 0; m < l.n; m++) dmix[m] = dot(fq + m * ld, w.dq + m * l.Kp, l.Kp);
+    store_tile(a.dfq, b, lo + x, head, l.n, a.F, lo, hi, w.dq);
+    store_column(a.dmix, b, lo + x, head, l.n, lo, hi, dmix);
+  }
+  void finish(int64_t x, WindowBackward* near) {  // what the state asks of values is added to `near` (null: nobody asks)
+    store_tile(a.dfk, b, ks + x - a.window, h, l.n, a.F, from, to, w.dk);
+    w.store_decay(a.dg, b, lo + x, h, lo, hi);
+    for (int m = 0; near && m < l.n; m++) {
+      int64_t slot = x + m - a.window, block = near->w.block_of(slot);
+      if (ks + slot >= from && ks + slot < to) axpy(near->values_gradient(block) + (slot - block * BQ) * l.Vp, 1.0f, w.dv + m * l.Vp, l.Vp);
     }
   }
-  if (a.dh0) store_sums(a.dh0 + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
+  void end() {  // the features of tokens that never entered the state in this call: sinks, those that left before it, those still in the window
+    int64_t some = from > ks - a.window ? from : ks - a.window, all = ks + hi - lo;
+    float* zeros = arena.zeros(l.Kp);
+    for (int64_t row = ks - a.before; row < all; row++)
+      if (row < some || row >= to) store_tile(a.dfk, b, row, h, 1, a.F, row, row + 1, zeros);
+    if (a.dh0) store_sums(a.dh0 + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
+  }
+};
+
+static Ahead mixed_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t lo, int64_t hi) {
+  Ahead ahead;
+  if (a.need_window) ahead = rows_before(a, b, t, h, r, lo, hi);
+  int64_t head = h * a.R + r, end = hi + a.before, left = t + a.before - a.window;
+  ahead.want(a.dfq, b, t, head, BQ, a.F, hi, true);
+  if (r + 1 == a.R) {
+    if (left >= lo) ahead.want(a.dfk, b, left, h, BQ, a.F, end, true);
+    t -= BQ, left -= BQ, head = h * a.R - 1;
+    if (t < lo) return ahead;
+    if (left >= lo) ahead.want(a.fk, b, left, h, BQ, a.F, end);
+  }
+  ahead.want(a.fq, b, t, head + 1, BQ, a.F, hi);
+  ahead.want(a.o, b, t, head + 1, BQ, a.V, hi);
+  return ahead;
 }
 
 extern "C" void subquad_window_linear_backward(const WindowArgs* pa) {
   const WindowArgs& a = *pa;
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
+    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
     std::optional<Window> window;
     std::optional<WindowBackward> near;
-    if (a.need_window) window.emplace(a, b, task % a.G, lo, hi), near.emplace(*window);
+    if (a.need_window) window.emplace(a, b, h, lo, hi, 1), near.emplace(*window);
+    WindowBackward* w = near ? &*near : nullptr;
+    Older older(a, task, b, lo, hi);
     MixedRows rows{a, b, lo, hi, arena.get(BQ * up(a.V)), arena.get(BQ * up(a.V))};
-    older_backward(a, task, rows, near ? &*near : nullptr);
-    if (near) window_backward(a, *window, *near, rows);
+    float *buf = arena.get(BQ * up(a.K)), *dq = arena.get(BQ * up(a.K));
+    bool whole = older.l.n == BQ;  // else, vector decay, the state's share comes in chunks of 16
+    for (int64_t i = (hi - lo + BQ - 1) / BQ - 1; i >= 0; i--) {
+      int64_t t = lo + i * BQ, x = i * BQ;
+      if (w) w->open(i);
+      older.fill(i);
+      if (whole) older.begin(i, 0);
+      for (int64_t r = 0; (w || whole) && r < a.R; r++) {
+        int64_t head = h * a.R + r;
+        rows.load(t, head, BQ);
+        Ahead ahead = mixed_before(a, b, t, h, r, lo, hi);
+        if (w) {
+          const float* q = borrow_tile(a.q, b, t, head, BQ, a.K, lo, hi, buf, ld);
+          w->block(i, q, ld, rows.d, rows.dd, rows.given, dq, &ahead);
+          store_tile(a.dq, b, t, head, BQ, a.K, lo, hi, dq);
+        }
+        if (whole) older.head(x, head, rows, &ahead);
+      }
+      if (whole) older.finish(x, w);
+      for (int c = whole ? -1 : older.chunks(i) - 1; c >= 0; c--) {
+        int64_t part = x + c * older.l.n;
+        older.begin(i, c);
+        for (int64_t r = 0; r < a.R; r++) {
+          rows.load(lo + part, h * a.R + r, older.l.n);
+          older.head(part, h * a.R + r, rows, nullptr);
+        }
+        older.finish(part, w);
+      }
+      if (w) w->close(i);
+    }
+    if (w) w->end();
+    older.end();
   });
 }
 """
