@@ -126,11 +126,14 @@ struct Window {
   // out [BQ, Vp], den, top of query block i
   void forward(int64_t i, const float* q, int64_t ldq, float* out, float* den, float* top) {
     int64_t first = first_block(i);
-    for (int r = 0; r < BQ && lo + i * BQ + r < hi; r += MR) {
-      int c0, c1;
+    int c0, c1, end = hi - lo - i * BQ < BQ ? hi - lo - i * BQ : BQ;
+    for (int r = 0; r < end; r += MR) {  // all scores first: keys and values together are more than the first cache level holds
       columns(i, r, c0, c1);
       scores(i, r, q + r * ldq, ldq, c0, c1);
       weights(i, r, c0, c1, nullptr, den, top);
+    }
+    for (int r = 0; r < end; r += MR) {
+      columns(i, r, c0, c1);
       float* o = out + r * Vp;
       bool begun = false;
       if (sinks_seen(i, r)) gemm<false, false>(MR, Vp, sp, P + r * width, width, sv, Vp, o, Vp), begun = true;
@@ -196,36 +199,45 @@ struct WindowBackward {
   }
   void block(int64_t i, const float* q, int64_t ldq, const float* d, const float* dd, const float* given, float* dq, Ahead* ahead) {
     int64_t first = w.first_block(i);
-    int Kp = w.Kp, Vp = w.Vp, sp = w.sp, width = w.width;
+    int Kp = w.Kp, Vp = w.Vp, sp = w.sp, width = w.width, c0, c1, seen = BQ;  // seen: the first row that sees sinks
     for (int r = 0; r < BQ; r += MR) {
-      int c0, c1;
       w.columns(i, r, c0, c1);
-      const float *qr = q + r * ldq, *dr = d + r * Vp;
-      float *p = w.P + r * width, *g = G + r * width;
-      bool sinks = w.sinks_seen(i, r);
-      w.scores(i, r, qr, ldq, c0, c1);
+      w.scores(i, r, q + r * ldq, ldq, c0, c1);
       ahead->some();
       w.weights(i, r, c0, c1, given, nullptr, nullptr);
-      if (sinks) gemm<false, false>(MR, sp, Vp, dr, Vp, svT, sp, g, width);
+      if (seen == BQ && w.sinks_seen(i, r)) seen = r;
+    }
+    for (int r = 0; r < BQ; r += MR) {
+      w.columns(i, r, c0, c1);
+      const float *dr = d + r * Vp, *p = w.P + r * width;
+      float* g = G + r * width;
+      if (r >= seen) gemm<false, false>(MR, sp, Vp, dr, Vp, svT, sp, g, width);
       w.pieces(first, c0, c1, [&](int64_t block, int inside, int c, int len) {
         gemm<false, false>(MR, len, Vp, dr, Vp, vT + slot(block) * Vp * BQ + inside, BQ, g + sp + c, width);
       });
+      ahead->some();
       for (int m = 0; m < MR; m++) {
-        float *pm = p + m * width, *gm = g + m * width;
+        const float* pm = p + m * width;
+        float* gm = g + m * width;
         vf add = bc(dd[r + m]);
-        for (int c = 0; sinks && c < sp; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
+        for (int c = 0; r >= seen && c < sp; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
         for (int c = sp + c0; c < sp + c1; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
       }
+    }
+    for (int r = 0; r < BQ; r += MR) {
+      w.columns(i, r, c0, c1);
+      const float* g = G + r * width;
       float* out = dq + r * Kp;
       memset(out, 0, 4 * MR * Kp);
-      if (sinks) {
-        gemm<true, false>(MR, Kp, sp, g, width, skk, Kp, out, Kp);
-        gemm<true, true>(sp, Kp, MR, g, width, qr, ldq, dsK, Kp);
-        gemm<true, true>(sp, Vp, MR, p, width, dr, Vp, dsV, Vp);
-      }
+      if (r >= seen) gemm<true, false>(MR, Kp, sp, g, width, skk, Kp, out, Kp);
       w.pieces(first, c0, c1, [&](int64_t block, int inside, int c, int len) {
         gemm<true, false>(MR, Kp, len, g + sp + c, width, kk + slot(block) * Kp * BQ + inside * Kp, Kp, out, Kp);
       });
+      ahead->some();
+    }
+    if (seen < BQ) {
+      gemm<true, true>(sp, Kp, BQ - seen, G + seen * width, width, q + seen * ldq, ldq, dsK, Kp);
+      gemm<true, true>(sp, Vp, BQ - seen, w.P + seen * width, width, d + seen * Vp, Vp, dsV, Vp);
     }
     // Keys gather from all 64 queries at once: for each block of 8 columns, the rows whose band touches it.
     w.pieces(first, 0, int((i + 1 - first) * BQ), [&](int64_t block, int, int c, int len) {
@@ -296,7 +308,7 @@ struct BandedRows {
 extern "C" void subquad_banded_backward(const WindowArgs* pa) {
   const WindowArgs& a = *pa;
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
+    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
     Window f(a, b, h, lo, hi, 1);
     WindowBackward w(f);
     BandedRows rows{a, b, lo, hi, arena.get(BQ * f.Vp)};
@@ -305,10 +317,10 @@ extern "C" void subquad_banded_backward(const WindowArgs* pa) {
       int64_t t = lo + i * BQ;
       w.open(i);
       for (int64_t r = 0; r < a.R; r++) {
-        const float* q = borrow_tile(a.q, b, t, h * a.R + r, BQ, a.K, lo, hi, buf, ld);
+        load_tile(a.q, b, t, h * a.R + r, BQ, a.K, lo, hi, buf);
         rows.load(t, h * a.R + r, BQ);
         Ahead ahead = rows_before(a, b, t, h, r, lo, hi);
-        w.block(i, q, ld, rows.d, rows.dd, rows.given, dq, &ahead);
+        w.block(i, buf, f.Kp, rows.d, rows.dd, rows.given, dq, &ahead);
         store_tile(a.dq, b, t, h * a.R + r, BQ, a.K, lo, hi, dq);
       }
       w.close(i);

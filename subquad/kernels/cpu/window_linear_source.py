@@ -195,7 +195,7 @@ static Ahead mixed_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, 
 extern "C" void subquad_window_linear_backward(const WindowArgs* pa) {
   const WindowArgs& a = *pa;
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
+    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
     std::optional<Window> window;
     std::optional<WindowBackward> near;
     if (a.need_window) window.emplace(a, b, h, lo, hi, 1), near.emplace(*window);
@@ -214,8 +214,8 @@ extern "C" void subquad_window_linear_backward(const WindowArgs* pa) {
         rows.load(t, head, BQ);
         Ahead ahead = mixed_before(a, b, t, h, r, lo, hi);
         if (w) {
-          const float* q = borrow_tile(a.q, b, t, head, BQ, a.K, lo, hi, buf, ld);
-          w->block(i, q, ld, rows.d, rows.dd, rows.given, dq, &ahead);
+          load_tile(a.q, b, t, head, BQ, a.K, lo, hi, buf);
+          w->block(i, buf, up(a.K), rows.d, rows.dd, rows.given, dq, &ahead);
           store_tile(a.dq, b, t, head, BQ, a.K, lo, hi, dq);
         }
         if (whole) older.head(x, head, rows, &ahead);
