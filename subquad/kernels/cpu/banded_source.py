@@ -151,8 +151,9 @@ struct Window {
 struct WindowBackward {
   Window& w;
   float *dK, *dV, *dsK, *dsV, *vT, *kk, *svT, *skk, *G;
+  bool past;           // gradients are streamed
   int64_t held, have;  // key blocks 0 .. held - 1 have sinks; have: the next block to load
-  WindowBackward(Window& w) : w(w) {
+  WindowBackward(Window& w, bool past) : w(w), past(past) {
     const WindowArgs& a = w.a;
     int64_t T = w.hi - w.lo;
     held = a.own_sinks ? 0 : ((a.sinks < T ? a.sinks : T) + BQ - 1) / BQ, have = (T + BQ - 1) / BQ - 1;
@@ -178,8 +179,8 @@ struct WindowBackward {
     if (block < 0 || block >= held) store(block, keys_gradient(block), values_gradient(block));
   }
   void store(int64_t block, const float* k, const float* v) {
-    store_tile(w.a.dk, w.b, w.ks + block * BQ, w.h, BQ, w.K, w.ks - w.a.before, w.ks + w.hi - w.lo, k, w.a.scale);
-    store_tile(w.a.dv, w.b, w.ks + block * BQ, w.h, BQ, w.V, w.ks - w.a.before, w.ks + w.hi - w.lo, v);
+    store_tile(w.a.dk, w.b, w.ks + block * BQ, w.h, BQ, w.K, w.ks - w.a.before, w.ks + w.hi - w.lo, k, w.a.scale, past);
+    store_tile(w.a.dv, w.b, w.ks + block * BQ, w.h, BQ, w.V, w.ks - w.a.before, w.ks + w.hi - w.lo, v, 1.0f, past);
   }
   void end() {  // sinks, slots before the first query, and zeros for those that no query sees
     const WindowArgs& a = w.a;
@@ -276,14 +277,14 @@ extern "C" void subquad_banded(const WindowArgs* pa) {
   });
 }
 
-// While the gradients of query head r are computed: where they go, then what the next one takes, or the block before.
-static Ahead rows_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t lo, int64_t hi) {
+// While the gradients of query head r are computed: where they go if they are not streamed, then what the next one takes, or the block before.
+static Ahead rows_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t lo, int64_t hi,
+                         bool past) {
   Ahead ahead;
   int64_t head = h * a.R + r, ks = t + a.before, end = hi + a.before;
-  ahead.want(a.dq, b, t, head, BQ, a.K, hi, true);
+  if (!past) ahead.want(a.dq, b, t, head, BQ, a.K, hi, true);
   if (r + 1 == a.R) {
-    ahead.want(a.dk, b, ks, h, BQ, a.K, end, true);
-    ahead.want(a.dv, b, ks, h, BQ, a.V, end, true);
+    if (!past) ahead.want(a.dk, b, ks, h, BQ, a.K, end, true), ahead.want(a.dv, b, ks, h, BQ, a.V, end, true);
     t -= BQ, head = h * a.R - 1;
     if (t < lo) return ahead;
     int64_t low = ks - BQ - a.window;
@@ -310,7 +311,8 @@ extern "C" void subquad_banded_backward(const WindowArgs* pa) {
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
     int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
     Window f(a, b, h, lo, hi, 1);
-    WindowBackward w(f);
+    bool past = past_caches(a.dq, a.seq, a.N, a.G * (a.R * a.K + a.K + a.V));
+    WindowBackward w(f, past);
     BandedRows rows{a, b, lo, hi, arena.get(BQ * f.Vp)};
     float *buf = arena.get(BQ * f.Kp), *dq = arena.get(BQ * f.Kp);
     for (int64_t i = (hi - lo + BQ - 1) / BQ - 1; i >= 0; i--) {
@@ -319,9 +321,9 @@ extern "C" void subquad_banded_backward(const WindowArgs* pa) {
       for (int64_t r = 0; r < a.R; r++) {
         load_tile(a.q, b, t, h * a.R + r, BQ, a.K, lo, hi, buf);
         rows.load(t, h * a.R + r, BQ);
-        Ahead ahead = rows_before(a, b, t, h, r, lo, hi);
+        Ahead ahead = rows_before(a, b, t, h, r, lo, hi, past);
         w.block(i, buf, f.Kp, rows.d, rows.dd, rows.given, dq, &ahead);
-        store_tile(a.dq, b, t, h * a.R + r, BQ, a.K, lo, hi, dq);
+        store_tile(a.dq, b, t, h * a.R + r, BQ, a.K, lo, hi, dq, 1.0f, past);
       }
       w.close(i);
     }

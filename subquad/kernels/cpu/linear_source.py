@@ -16,6 +16,12 @@ struct LinearArgs {  // ops 1 and 2
   int64_t N, G, R, K, V, mode, threads;
   double scale;
 };
+// Are the gradients of a call larger than the caches? numbers: per token of all heads. (bf16 rows are not streamed.)
+static bool past_caches(const Tensor& gradient, const int64_t* seq, int64_t N, int64_t numbers) {
+  int64_t tokens = 0;
+  for (int64_t s = 0; s < N; s++) tokens += seq[3 * s + 2] - seq[3 * s + 1];
+  return gradient.type == 0 && 4 * tokens * numbers > CACHES;
+}
 
 struct Linear {  // one (sequence, key/value head)
   int K, V, Kp, Vp, mode, n;  // n: rows of a chunk
@@ -292,9 +298,9 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
       for (int t = 0; t < n; t++) axpy(dz, dd[t], l.qs + t * Kp, Kp);
   }
   void finish() {}  // after all heads
-  void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
-    store_tile(a.dk, b, t, h, l.n, a.K, lo, hi, dk);
-    store_tile(a.dv, b, t, h, l.n, a.V, lo, hi, dv);
+  void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi, bool past) {
+    store_tile(a.dk, b, t, h, l.n, a.K, lo, hi, dk, 1.0f, past);
+    store_tile(a.dv, b, t, h, l.n, a.V, lo, hi, dv, 1.0f, past);
     store_decay(a.dg, b, t, h, lo, hi);
   }
   void store_decay(const Tensor& dg, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
@@ -371,13 +377,13 @@ struct HeadGradients {
   void take(int64_t h) { w.dS = all + (h - first) * size, w.dz = w.dS + w.l.Kp * w.l.Vp; }
 };
 
-// Backward: the gradients of query head r, then what the next one takes; before the first head, the chunk before.
-static Ahead rows_before(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t h0, int64_t h1, int rows, int64_t lo, int64_t hi) {
+// Backward: the gradients of query head r where they are not streamed, then what the next one takes; before the first head, the chunk before.
+static Ahead rows_before(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t h0, int64_t h1, int rows, int64_t lo, int64_t hi,
+                         bool past) {
   Ahead ahead;
-  ahead.want(a.dq, b, t, h * a.R + r, rows, a.K, hi, true);
+  if (!past) ahead.want(a.dq, b, t, h * a.R + r, rows, a.K, hi, true);
   if (r + 1 == a.R) {
-    ahead.want(a.dk, b, t, h, rows, a.K, hi, true);
-    ahead.want(a.dv, b, t, h, rows, a.V, hi, true);
+    if (!past) ahead.want(a.dk, b, t, h, rows, a.K, hi, true), ahead.want(a.dv, b, t, h, rows, a.V, hi, true);
     if (++h == h1) h = h0, t -= rows;
     if (t < lo) return ahead;
     r = -1;
@@ -414,33 +420,36 @@ struct BlockStates {
 template <class Cell, class Backward>
 static void backward(const LinearArgs& a) {
   parallel_heads(a.N, a.G, a.threads, [&](int64_t s, int64_t h0, int64_t h1) {
-    int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V, block = blocks_before(a.seq, s), ld;
+    int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V, block = blocks_before(a.seq, s);
     Cell l(a.K, a.V, a.mode);
     Backward w(l);
     HeadGradients<Backward> gradients(w, h0, h1);
     BlockStates states(l);
     l.empty = false;
-    float *buf = arena.get(l.n * l.Kp), *d = arena.get(l.n * l.Vp);
+    float *q = arena.get(l.n * l.Kp), *d = arena.get(l.n * l.Vp);
+    bool past = past_caches(a.dq, a.seq, a.N, a.G * (a.R * a.K + a.K + a.V));
+    auto kept = [&](int64_t i, int64_t h) { return a.kept + ((block + i) * a.G + h) * l.kept_size(); };
     for (int64_t h = h0; a.dhT && h < h1; h++) gradients.take(h), load_state(a.dhT + (s * a.G + h) * KV, a.K, a.V, a.V, w.dS);
     for (int64_t i = (hi - lo + BLOCK - 1) / BLOCK - 1; i >= 0; i--)
       for (int64_t h = h0; h < h1; h++) {
         int64_t from = lo + i * BLOCK, left = hi - from < BLOCK ? hi - from : BLOCK, chunks = (left + l.n - 1) / l.n;
         gradients.take(h);
-        states.fill(a.kept + ((block + i) * a.G + h) * l.kept_size(), chunks, [&](int c) { l.load(a, b, from + c * l.n, h, lo, hi); });
+        states.fill(kept(i, h), chunks, [&](int c) { l.load(a, b, from + c * l.n, h, lo, hi); });
         for (int64_t c = chunks - 1; c >= 0; c--) {
           int64_t t = from + c * l.n;
           states.take(c);
           l.load(a, b, t, h, lo, hi);
           w.begin();
           for (int64_t r = 0; r < a.R; r++) {
-            const float* q = borrow_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, buf, ld);
+            load_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, q);
             load_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, d, a.scale);
-            Ahead ahead = rows_before(a, b, t, h, r, h0, h1, l.n, lo, hi);
-            w.head(q, ld, d, nullptr, &ahead);
-            store_tile(a.dq, b, t, h * a.R + r, l.n, a.K, lo, hi, w.dq);
+            Ahead ahead = rows_before(a, b, t, h, r, h0, h1, l.n, lo, hi, past);
+            if (r + 1 == a.R && c == 0 && (h + 1 < h1 || i > 0)) ahead.want(h + 1 < h1 ? kept(i, h + 1) : kept(i - 1, h0), l.kept_size());
+            w.head(q, l.Kp, d, nullptr, &ahead);
+            store_tile(a.dq, b, t, h * a.R + r, l.n, a.K, lo, hi, w.dq, 1.0f, past);
           }
           w.finish();
-          w.store(a, b, t, h, lo, hi);
+          w.store(a, b, t, h, lo, hi, past);
         }
       }
     for (int64_t h = h0; a.dh0 && h < h1; h++) gradients.take(h), store_state(a.dh0 + (s * a.G + h) * KV, a.K, a.V, a.V, w.dS);

@@ -125,8 +125,9 @@ struct Older {  // features, gates and the state of one (sequence, key/value hea
   LinearBackward w;
   BlockStates states;
   float* fbuf;
-  Older(const WindowArgs& a, int64_t task, int64_t b, int64_t lo, int64_t hi)
-      : a(a), task(task), b(b), h(task % a.G), lo(lo), hi(hi), ks(lo + a.before), l(a.F, a.V, a.mode, true), w(l), states(l) {
+  bool past;
+  Older(const WindowArgs& a, int64_t task, int64_t b, int64_t lo, int64_t hi, bool past)
+      : a(a), task(task), b(b), h(task % a.G), lo(lo), hi(hi), ks(lo + a.before), l(a.F, a.V, a.mode, true), w(l), states(l), past(past) {
     l.empty = false, first = blocks_before(a.seq, task / a.G), fbuf = arena.get(l.n * l.Kp);
     if (a.dhT) load_sums(a.dhT + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
     left_bounds(a, ks, lo, hi, from, to);
@@ -156,11 +157,11 @@ struct Older {  // features, gates and the state of one (sequence, key/value hea
     const float* fq = borrow_tile(a.fq, b, lo + x, head, l.n, a.F, lo, hi, fbuf, ld);
     w.head(fq, ld, rows.d, rows.dd, ahead);
     for (int m = 0; m < l.n; m++) dmix[m] = dot(fq + m * ld, w.dq + m * l.Kp, l.Kp);
-    store_tile(a.dfq, b, lo + x, head, l.n, a.F, lo, hi, w.dq);
+    store_tile(a.dfq, b, lo + x, head, l.n, a.F, lo, hi, w.dq, 1.0f, past);
     store_column(a.dmix, b, lo + x, head, l.n, lo, hi, dmix);
   }
   void finish(int64_t x, WindowBackward* near) {  // what the state asks of values is added to `near` (null: nobody asks)
-    store_tile(a.dfk, b, ks + x - a.window, h, l.n, a.F, from, to, w.dk);
+    store_tile(a.dfk, b, ks + x - a.window, h, l.n, a.F, from, to, w.dk, 1.0f, past);
     w.store_decay(a.dg, b, lo + x, h, lo, hi);
     for (int m = 0; near && m < l.n; m++) {
       int64_t slot = x + m - a.window, block = near->w.block_of(slot);
@@ -176,13 +177,13 @@ struct Older {  // features, gates and the state of one (sequence, key/value hea
   }
 };
 
-static Ahead mixed_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t lo, int64_t hi) {
+static Ahead mixed_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t lo, int64_t hi, bool past) {
   Ahead ahead;
-  if (a.need_window) ahead = rows_before(a, b, t, h, r, lo, hi);
+  if (a.need_window) ahead = rows_before(a, b, t, h, r, lo, hi, past);
   int64_t head = h * a.R + r, end = hi + a.before, left = t + a.before - a.window;
-  ahead.want(a.dfq, b, t, head, BQ, a.F, hi, true);
+  if (!past) ahead.want(a.dfq, b, t, head, BQ, a.F, hi, true);
   if (r + 1 == a.R) {
-    if (left >= lo) ahead.want(a.dfk, b, left, h, BQ, a.F, end, true);
+    if (!past && left >= lo) ahead.want(a.dfk, b, left, h, BQ, a.F, end, true);
     t -= BQ, left -= BQ, head = h * a.R - 1;
     if (t < lo) return ahead;
     if (left >= lo) ahead.want(a.fk, b, left, h, BQ, a.F, end);
@@ -198,9 +199,10 @@ extern "C" void subquad_window_linear_backward(const WindowArgs* pa) {
     int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
     std::optional<Window> window;
     std::optional<WindowBackward> near;
-    if (a.need_window) window.emplace(a, b, h, lo, hi, 1), near.emplace(*window);
+    bool past = past_caches(a.dfq, a.seq, a.N, a.G * (a.R + 1) * a.F + (a.need_window ? a.G * (a.R * a.K + a.K + a.V) : 0));
+    if (a.need_window) window.emplace(a, b, h, lo, hi, 1), near.emplace(*window, past);
     WindowBackward* w = near ? &*near : nullptr;
-    Older older(a, task, b, lo, hi);
+    Older older(a, task, b, lo, hi, past);
     MixedRows rows{a, b, lo, hi, arena.get(BQ * up(a.V)), arena.get(BQ * up(a.V))};
     float *buf = arena.get(BQ * up(a.K)), *dq = arena.get(BQ * up(a.K));
     bool whole = older.l.n == BQ;  // else, vector decay, the state's share comes in chunks of 16
@@ -212,11 +214,12 @@ extern "C" void subquad_window_linear_backward(const WindowArgs* pa) {
       for (int64_t r = 0; (w || whole) && r < a.R; r++) {
         int64_t head = h * a.R + r;
         rows.load(t, head, BQ);
-        Ahead ahead = mixed_before(a, b, t, h, r, lo, hi);
+        Ahead ahead = mixed_before(a, b, t, h, r, lo, hi, past);
+        if (r + 1 == a.R && i > 0) ahead.want(older.kept(i - 1), older.l.kept_size());
         if (w) {
           load_tile(a.q, b, t, head, BQ, a.K, lo, hi, buf);
           w->block(i, buf, up(a.K), rows.d, rows.dd, rows.given, dq, &ahead);
-          store_tile(a.dq, b, t, head, BQ, a.K, lo, hi, dq);
+          store_tile(a.dq, b, t, head, BQ, a.K, lo, hi, dq, 1.0f, past);
         }
         if (whole) older.head(x, head, rows, &ahead);
       }
