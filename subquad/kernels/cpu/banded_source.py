@@ -29,10 +29,11 @@ struct Window {
   int64_t blocks;
   float *kT, *vb, *skT, *sv, *P, *rowtop;
   int64_t have;              // key blocks below this one are loaded
-  Window(const WindowArgs& a, int64_t b, int64_t h, int64_t lo, int64_t hi, int64_t more = 0) : a(a), b(b), h(h), lo(lo), hi(hi) {
+  Window(const WindowArgs& a, int64_t b, int64_t h, int64_t lo, int64_t hi, bool left = false) : a(a), b(b), h(h), lo(lo), hi(hi) {
     ks = lo + a.before;
     K = a.K, V = a.V, Kp = up(K), Vp = up(V), sp = up(a.sinks);
-    blocks = (a.window - 2 + BQ) / BQ + 1 + more;  // a band of 64 queries spans at most this many
+    // A band of 64 queries spans at most this many; left: with the tokens that leave the window meanwhile
+    blocks = (a.window - (left ? 1 : 2) + BQ) / BQ + 1;
     int64_t all = (a.before + BQ - 1) / BQ + (hi - lo + BQ - 1) / BQ;  // a window longer than the sequence
     if (blocks > all) blocks = all > 1 ? all : 1;
     width = sp + blocks * BQ;
@@ -167,7 +168,7 @@ struct WindowBackward {
   int64_t place(int64_t block) const { return (block >= 0 && block < held ? w.blocks + block : slot(block)) * BQ; }
   float* keys_gradient(int64_t block) { return dK + place(block) * w.Kp; }
   float* values_gradient(int64_t block) { return dV + place(block) * w.Vp; }
-  // Before query block i: keys and values down to the one that leaves the window of its first query (Window's `more` is 1 for it).
+  // Before query block i: keys and values down to the one that leaves the window of its first query (Window's `left`).
   void open(int64_t i) {
     for (int64_t low = w.block_of(i * BQ - w.a.window); have >= low; have--) {
       w.load_block(have, kk + slot(have) * w.Kp * BQ);
@@ -310,7 +311,7 @@ extern "C" void subquad_banded_backward(const WindowArgs* pa) {
   const WindowArgs& a = *pa;
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
     int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
-    Window f(a, b, h, lo, hi, 1);
+    Window f(a, b, h, lo, hi, true);
     bool past = past_caches(a.dq, a.seq, a.N, a.G * (a.R * a.K + a.K + a.V));
     WindowBackward w(f, past);
     BandedRows rows{a, b, lo, hi, arena.get(BQ * f.Vp)};

@@ -200,7 +200,7 @@ extern "C" void subquad_window_linear_backward(const WindowArgs* pa) {
     std::optional<Window> window;
     std::optional<WindowBackward> near;
     bool past = past_caches(a.dfq, a.seq, a.N, a.G * (a.R + 1) * a.F + (a.need_window ? a.G * (a.R * a.K + a.K + a.V) : 0));
-    if (a.need_window) window.emplace(a, b, h, lo, hi, 1), near.emplace(*window, past);
+    if (a.need_window) window.emplace(a, b, h, lo, hi, true), near.emplace(*window, past);
     WindowBackward* w = near ? &*near : nullptr;
     Older older(a, task, b, lo, hi, past);
     MixedRows rows{a, b, lo, hi, arena.get(BQ * up(a.V)), arena.get(BQ * up(a.V))};
