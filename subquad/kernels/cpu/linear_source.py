@@ -315,8 +315,8 @@ struct Heads {
   int64_t first, size;
   float* all;
   std::vector<char> empty;
-  Heads(Linear& l, int64_t h0, int64_t h1) : l(l), first(h0), size(l.Kp * l.Vp), empty(h1 - h0, 1) { all = arena.zeros((h1 - h0) * size); }
-  void take(int64_t h) { l.S = all + (h - first) * size, l.empty = empty[h - first]; }
+  Heads(Linear& l, int64_t h0, int64_t h1) : l(l), first(h0), size(l.Kp * (l.Vp + 1)), empty(h1 - h0, 1) { all = arena.zeros((h1 - h0) * size); }
+  void take(int64_t h) { l.S = all + (h - first) * size, l.z = l.S + l.Kp * l.Vp, l.empty = empty[h - first]; }
   void put(int64_t h) { empty[h - first] = l.empty; }
 };
 
