@@ -1,6 +1,6 @@
 """C++: the steps as functions that Python calls with its tensors, at less than a microsecond a call (ctypes and checks in Python take twenty).
 
-Tensors are read through DLPack's exchange table, which torch.Tensor carries as `__dlpack_c_exchange_api__` (DLPack 1.2, torch 2.10 or later), and of
+Tensors are read through DLPack's exchange table, which torch.Tensor of torch 2.13 carries as `__dlpack_c_exchange_api__`, and of
 Python itself only functions of its stable ABI are used: no header is needed. A call that is unusual in any way (sizes that do not agree, other
 devices and dtypes, strided rows, subclasses) returns None, and the caller takes the checked way, which says what is wrong.
 """
