@@ -1,4 +1,5 @@
-"""C++: the steps as functions that Python calls with its tensors, at less than a microsecond a call (ctypes and checks in Python take twenty).
+"""C++: the steps as functions that Python calls with its tensors. A call with nothing to compute takes 4 us, output included, where the
+checked way in Python and ctypes takes 105 (one run on a busy machine).
 
 Tensors are read through DLPack's exchange table, which torch.Tensor of torch 2.13 carries as `__dlpack_c_exchange_api__`, and of
 Python itself only functions of its stable ABI are used: no header is needed. A call that is unusual in any way (sizes that do not agree, other
