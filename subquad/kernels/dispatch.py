@@ -1,11 +1,13 @@
 """From an op's name and a backend's name to the function that runs.
 
 A backend is a module with one function per op (arguments as in ops.py, without `backend`) and, unless it runs everywhere,
-`why_not(op, args, kwargs) -> str | None`: the reason why this call cannot run there, None when it can.
+`why_not(op, args, kwargs) -> str | None`: the reason why this call cannot run there, None when it can. It may have `quick(op)`: a function without
+checks in Python that returns None for calls it leaves to the one with checks (positional arguments as in cpu/steps.py), or None.
 """
 
 import importlib
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +28,7 @@ BACKENDS = {
 
 log = logging.getLogger("subquad.kernels")
 _said: set[tuple[str, str]] = set()
+_quick: dict[str, Callable[..., Tensor | None] | None] = {}  # of ops for which `auto` has taken a backend that has it
 _modules: dict[str, ModuleType | str] = {}  # the module, or why there is none
 
 
@@ -51,6 +54,12 @@ def why_not(name: str, op: str, args: tuple, kwargs: dict[str, Any]) -> str | No
     return None if asks is None else asks(op, args, kwargs)
 
 
+def quick(op: str, backend: str, *args) -> Tensor | None:
+    """The result where a quick function takes the call: from the second call on, of backend `auto`."""
+    run = _quick.get(op) if backend == "auto" else None
+    return None if run is None else run(*args)
+
+
 def call(op: str, backend: str, /, *args, **kwargs):
     """Run `op`. UserError when `backend` is unknown or cannot run this call."""
     if backend == "auto":
@@ -70,4 +79,6 @@ def _choose(op: str, args: tuple, kwargs: dict[str, Any]) -> str:
     if (op, found) not in _said:
         _said.add((op, found))
         log.info("%s: backend %s", op, found)
+        if found == "cpu":
+            _quick[op] = backend_module(found).quick(op)
     return found

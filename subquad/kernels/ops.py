@@ -16,7 +16,7 @@ or sinks, W window.
 import torch
 from torch import Tensor
 
-from subquad.kernels.dispatch import call
+from subquad.kernels.dispatch import call, quick
 from subquad.kernels.shapes import agree, decay, sequences
 
 
@@ -176,6 +176,9 @@ def additive_step(
     backend: str = "auto",
 ) -> Tensor:
     """One token of `additive`; `state` (fp32, contiguous) is updated in place. log_decay [B, G] or [B, G, K]. Returns o [B, H, V] fp32. No gradient."""
+    o = quick("additive_step", backend, q_BHK, k_BGK, v_BGV, None, state_BGKV, log_decay, scale)
+    if o is not None:
+        return o
     given = dict(q=(q_BHK, "BHK"), k=(k_BGK, "BGK"), v=(v_BGV, "BGV"), state=(state_BGKV, "BGKV"), log_decay=decay(log_decay, "BGK"))
     return _run("additive_step", backend, given, {}, {}, scale=scale)
 
@@ -192,6 +195,9 @@ def delta_step(
     backend: str = "auto",
 ) -> Tensor:
     """One token of `delta`; as `additive_step`."""
+    o = quick("delta_step", backend, q_BHK, k_BGK, v_BGV, beta_BG, state_BGKV, log_decay_BG, scale)
+    if o is not None:
+        return o
     given = dict(
         q=(q_BHK, "BHK"), k=(k_BGK, "BGK"), v=(v_BGV, "BGV"), beta=(beta_BG, "BG"), state=(state_BGKV, "BGKV"), log_decay=(log_decay_BG, "BG"),
     )  # fmt: skip
@@ -219,6 +225,10 @@ def window_linear_step(
     state [B, G, F, V + 1] (fp32, contiguous, updated in place): fades by log_decay, then takes left_fk, left_v, the token that leaves now (None:
     nothing leaves), then is read with fq and weight exp(mix). state None: sinks and window alone. Returns o [B, H, V] fp32. No gradient.
     """
+    o = quick("window_linear_step", backend, q_BHK, k_BWGK, v_BWGV, fq_BHF, mix_BH, state_BGFX, left_fk_BGF, left_v_BGV, log_decay, scale,
+              sink_k_BNGK, sink_v_BNGV)  # fmt: skip
+    if o is not None:
+        return o
     given = dict(
         q=(q_BHK, "BHK"), k=(k_BWGK, "BWGK"), v=(v_BWGV, "BWGV"), fq=(fq_BHF, "BHF"), mix=(mix_BH, "BH"), state=(state_BGFX, "BGFX"),
         left_fk=(left_fk_BGF, "BGF"), left_v=(left_v_BGV, "BGV"), log_decay=decay(log_decay, "BGF"),

@@ -298,6 +298,40 @@ def test_backward_saves_its_inputs_and_little_more():
     assert bytes_ < 8 * q.numel() * 4  # q, k, v, fq, fk, o of T K numbers, mix and mass of T
 
 
+@pytest.mark.parametrize("op", ["additive", "window_linear"])
+def test_gradients_larger_than_the_caches_are_the_same_numbers(op):
+    """They are streamed past the caches (tiles_source.CACHES): heads taken together against heads taken alone, which stay below that."""
+    if isinstance(build.library(), str):
+        pytest.skip("no C++ here")
+    torch.manual_seed(0)
+    T, H = 2800, 8
+    q, k, v, weight = (torch.randn(1, T, H, 64) for _ in range(4))
+    assert 4 * 3 * q.numel() > 16 << 20
+
+    def gradients(*given):
+        given = [x.detach().requires_grad_() for x in given[:3]] + [given[3]]
+        more = {} if op == "additive" else dict(window=64, sinks=4, fq_BTHF=given[0].exp(), fk_BXGF=given[1].exp(), mix_BTH=given[0][..., 0])
+        (getattr(ops, op)(*given[:3], backend="cpu", **more)[0] * given[3]).sum().backward()
+        return [x.grad for x in given[:3]]
+
+    together = gradients(q, k, v, weight)
+    for h in (0, 5):
+        alone = gradients(*(x[:, :, h : h + 1] for x in (q, k, v, weight)))
+        assert all(torch.equal(a, b[:, :, h : h + 1]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 0, 0), (1, 5, 1, 1), (2, 0, 3, 0), (2, 5, 3, 8)])
+def test_gradients_seen_from_many_places_are_read_where_they_are(sizes, backend):
+    """Expanded gradients of outputs (sum, mean over heads), against the same written out."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 5, 3, 8, requires_grad=True) for _ in range(3))
+    spread = torch.randn([max(n, 1) for n in sizes]).expand(2, 5, 3, 8)
+    found = torch.autograd.grad(ops.additive(q, k, v, backend=backend)[0], (q, k, v), spread)
+    wanted = torch.autograd.grad(ops.additive(q, k, v, backend=backend)[0], (q, k, v), spread.contiguous())
+    for a, b in zip(found, wanted, strict=True):
+        assert_near(a, b, OP)
+
+
 def test_auto_says_once_what_it_took(caplog):
     dispatch._said.clear()
     x = torch.randn(1, 4, 1, 8)

@@ -12,7 +12,7 @@ struct WindowArgs {
   Tensor dout, dden;                    // backward: gradients of o (op 3: of the numerator) and of the denominator
   Tensor dq, dk, dv, dsk, dsv, dfq, dfk, dmix, dg;
   const float *h0, *dhT;
-  float *hT, *dh0;
+  float *hT, *dh0, *kept;               // kept: as in LinearArgs, the state before each 64 queries
   const int64_t* seq;
   int64_t N, G, R, K, V, F, mode, threads;
   int64_t window, sinks, before, position;  // before: slots in front of the first query; sinks from the first tokens when own_sinks is 0
@@ -29,10 +29,11 @@ struct Window {
   int64_t blocks;
   float *kT, *vb, *skT, *sv, *P, *rowtop;
   int64_t have;              // key blocks below this one are loaded
-  Window(const WindowArgs& a, int64_t b, int64_t h, int64_t lo, int64_t hi) : a(a), b(b), h(h), lo(lo), hi(hi) {
+  Window(const WindowArgs& a, int64_t b, int64_t h, int64_t lo, int64_t hi, bool left = false) : a(a), b(b), h(h), lo(lo), hi(hi) {
     ks = lo + a.before;
     K = a.K, V = a.V, Kp = up(K), Vp = up(V), sp = up(a.sinks);
-    blocks = (a.window - 2 + BQ) / BQ + 1;  // a band of 64 queries spans at most this many
+    // A band of 64 queries spans at most this many; left: with the tokens that leave the window meanwhile
+    blocks = (a.window - (left ? 1 : 2) + BQ) / BQ + 1;
     int64_t all = (a.before + BQ - 1) / BQ + (hi - lo + BQ - 1) / BQ;  // a window longer than the sequence
     if (blocks > all) blocks = all > 1 ? all : 1;
     width = sp + blocks * BQ;
@@ -54,11 +55,11 @@ struct Window {
     transpose(BQ, Kp, tile, Kp, keys(block), BQ);
     load_tile(a.v, b, ks + block * BQ, h, BQ, V, ks - a.before, ks + hi - lo, values(block));
   }
-  int64_t first_block(int64_t i) const {  // the oldest key block that query block i sees
-    int64_t x = i * BQ - a.window + 1;
+  int64_t block_of(int64_t x) const {
     if (x < -a.before) x = -a.before;
     return x >= 0 ? x / BQ : -((-x + BQ - 1) / BQ);
   }
+  int64_t first_block(int64_t i) const { return block_of(i * BQ - a.window + 1); }  // the oldest key block that query block i sees
   // Columns of rows r .. r + MR - 1 of query block i, relative to the first block.
   void columns(int64_t i, int r, int& c0, int& c1) const {
     int64_t first = first_block(i) * BQ, x0 = i * BQ + r - a.window + 1;
@@ -126,11 +127,14 @@ struct Window {
   // out [BQ, Vp], den, top of query block i
   void forward(int64_t i, const float* q, int64_t ldq, float* out, float* den, float* top) {
     int64_t first = first_block(i);
-    for (int r = 0; r < BQ && lo + i * BQ + r < hi; r += MR) {
-      int c0, c1;
+    int c0, c1, end = hi - lo - i * BQ < BQ ? hi - lo - i * BQ : BQ;
+    for (int r = 0; r < end; r += MR) {  // all scores first: keys and values together are more than the first cache level holds
       columns(i, r, c0, c1);
       scores(i, r, q + r * ldq, ldq, c0, c1);
       weights(i, r, c0, c1, nullptr, den, top);
+    }
+    for (int r = 0; r < end; r += MR) {
+      columns(i, r, c0, c1);
       float* o = out + r * Vp;
       bool begun = false;
       if (sinks_seen(i, r)) gemm<false, false>(MR, Vp, sp, P + r * width, width, sv, Vp, o, Vp), begun = true;
@@ -143,57 +147,99 @@ struct Window {
   }
 };
 
-struct WindowBackward {  // weights exp(s - given), ds = w (d.v + dd)
+// Weights exp(s - given), ds = w (d.v + dd). Query blocks come from the last to the first: gradients of keys and values are kept for as many key blocks as
+// a band spans, and written when the last query that sees them is done; those of sinks among the first tokens stay to the end.
+struct WindowBackward {
   Window& w;
   float *dK, *dV, *dsK, *dsV, *vT, *kk, *svT, *skk, *G;
-  int64_t slots;
-  WindowBackward(Window& w) : w(w) {
+  bool past;           // gradients are streamed
+  int64_t held, have;  // key blocks 0 .. held - 1 have sinks; have: the next block to load
+  WindowBackward(Window& w, bool past) : w(w), past(past) {
     const WindowArgs& a = w.a;
-    slots = (a.before + BQ - 1) / BQ * BQ + (w.hi - w.lo + BQ - 1) / BQ * BQ;
-    dK = arena.zeros(slots * w.Kp + 1), dV = arena.zeros(slots * w.Vp + 1);
+    int64_t T = w.hi - w.lo;
+    held = a.own_sinks ? 0 : ((a.sinks < T ? a.sinks : T) + BQ - 1) / BQ, have = (T + BQ - 1) / BQ - 1;
+    dK = arena.zeros((w.blocks + held) * BQ * w.Kp), dV = arena.zeros((w.blocks + held) * BQ * w.Vp);
     dsK = arena.zeros(w.sp * w.Kp + 1), dsV = arena.zeros(w.sp * w.Vp + 1);
     vT = arena.get(w.blocks * w.Vp * BQ), kk = arena.get(w.blocks * w.Kp * BQ), G = arena.zeros(BQ * w.width);
     svT = arena.get(w.Vp * w.sp + 1), skk = arena.get(w.Kp * w.sp + 1);
     if (w.sp) transpose(w.sp, w.Vp, w.sv, w.Vp, svT, w.sp), transpose(w.Kp, w.sp, w.skT, w.sp, skk, w.Kp);
   }
-  int64_t row(int64_t x) const { return x + (w.a.before + BQ - 1) / BQ * BQ; }
   int slot(int64_t block) const { return (block % w.blocks + w.blocks) % w.blocks; }
-  void load_block(int64_t block) {
-    float* tile = kk + slot(block) * w.Kp * BQ;
-    w.load_block(block, tile);
-    transpose(BQ, w.Vp, w.values(block), w.Vp, vT + slot(block) * w.Vp * BQ, BQ);
+  int64_t place(int64_t block) const { return (block >= 0 && block < held ? w.blocks + block : slot(block)) * BQ; }
+  float* keys_gradient(int64_t block) { return dK + place(block) * w.Kp; }
+  float* values_gradient(int64_t block) { return dV + place(block) * w.Vp; }
+  // Before query block i: keys and values down to the one that leaves the window of its first query (Window's `left`).
+  void open(int64_t i) {
+    for (int64_t low = w.block_of(i * BQ - w.a.window); have >= low; have--) {
+      w.load_block(have, kk + slot(have) * w.Kp * BQ);
+      transpose(BQ, w.Vp, w.values(have), w.Vp, vT + slot(have) * w.Vp * BQ, BQ);
+      memset(keys_gradient(have), 0, 4 * BQ * w.Kp), memset(values_gradient(have), 0, 4 * BQ * w.Vp);
+    }
   }
-  void block(int64_t i, const float* q, int64_t ldq, const float* d, const float* dd, const float* given, float* dq) {
+  void close(int64_t block) {  // after query block `block`
+    if (block < 0 || block >= held) store(block, keys_gradient(block), values_gradient(block));
+  }
+  void store(int64_t block, const float* k, const float* v) {
+    store_tile(w.a.dk, w.b, w.ks + block * BQ, w.h, BQ, w.K, w.ks - w.a.before, w.ks + w.hi - w.lo, k, w.a.scale, past);
+    store_tile(w.a.dv, w.b, w.ks + block * BQ, w.h, BQ, w.V, w.ks - w.a.before, w.ks + w.hi - w.lo, v, 1.0f, past);
+  }
+  void end() {  // sinks, slots before the first query, and zeros for those that no query sees
+    const WindowArgs& a = w.a;
+    for (int64_t n = 0; held && n < a.sinks && n < w.hi - w.lo; n++) {
+      axpy(keys_gradient(n / BQ) + n % BQ * w.Kp, 1.0f, dsK + n * w.Kp, w.Kp);
+      axpy(values_gradient(n / BQ) + n % BQ * w.Vp, 1.0f, dsV + n * w.Vp, w.Vp);
+    }
+    for (int64_t x = 0; x < held; x++) store(x, keys_gradient(x), values_gradient(x));
+    if (w.sp && a.own_sinks) {
+      store_tile(a.dsk, w.b, 0, w.h, a.sinks, a.K, 0, a.sinks, dsK, a.scale);
+      store_tile(a.dsv, w.b, 0, w.h, a.sinks, a.V, 0, a.sinks, dsV);
+    }
+    int64_t x = -1;
+    for (; x > have; x--) close(x);
+    memset(dK, 0, 4 * BQ * w.Kp), memset(dV, 0, 4 * BQ * w.Vp);
+    for (; x * BQ > -a.before - BQ; x--) store(x, dK, dV);
+  }
+  void block(int64_t i, const float* q, int64_t ldq, const float* d, const float* dd, const float* given, float* dq, Ahead* ahead) {
     int64_t first = w.first_block(i);
-    int Kp = w.Kp, Vp = w.Vp, sp = w.sp, width = w.width;
+    int Kp = w.Kp, Vp = w.Vp, sp = w.sp, width = w.width, c0, c1, seen = BQ;  // seen: the first row that sees sinks
     for (int r = 0; r < BQ; r += MR) {
-      int c0, c1;
       w.columns(i, r, c0, c1);
-      const float *qr = q + r * ldq, *dr = d + r * Vp;
-      float *p = w.P + r * width, *g = G + r * width;
-      bool sinks = w.sinks_seen(i, r);
-      w.scores(i, r, qr, ldq, c0, c1);
+      w.scores(i, r, q + r * ldq, ldq, c0, c1);
+      ahead->some();
       w.weights(i, r, c0, c1, given, nullptr, nullptr);
-      if (sinks) gemm<false, false>(MR, sp, Vp, dr, Vp, svT, sp, g, width);
+      if (seen == BQ && w.sinks_seen(i, r)) seen = r;
+    }
+    for (int r = 0; r < BQ; r += MR) {
+      w.columns(i, r, c0, c1);
+      const float *dr = d + r * Vp, *p = w.P + r * width;
+      float* g = G + r * width;
+      if (r >= seen) gemm<false, false>(MR, sp, Vp, dr, Vp, svT, sp, g, width);
       w.pieces(first, c0, c1, [&](int64_t block, int inside, int c, int len) {
         gemm<false, false>(MR, len, Vp, dr, Vp, vT + slot(block) * Vp * BQ + inside, BQ, g + sp + c, width);
       });
+      ahead->some();
       for (int m = 0; m < MR; m++) {
-        float *pm = p + m * width, *gm = g + m * width;
+        const float* pm = p + m * width;
+        float* gm = g + m * width;
         vf add = bc(dd[r + m]);
-        for (int c = 0; sinks && c < sp; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
+        for (int c = 0; r >= seen && c < sp; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
         for (int c = sp + c0; c < sp + c1; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
       }
+    }
+    for (int r = 0; r < BQ; r += MR) {
+      w.columns(i, r, c0, c1);
+      const float* g = G + r * width;
       float* out = dq + r * Kp;
       memset(out, 0, 4 * MR * Kp);
-      if (sinks) {
-        gemm<true, false>(MR, Kp, sp, g, width, skk, Kp, out, Kp);
-        gemm<true, true>(sp, Kp, MR, g, width, qr, ldq, dsK, Kp);
-        gemm<true, true>(sp, Vp, MR, p, width, dr, Vp, dsV, Vp);
-      }
+      if (r >= seen) gemm<true, false>(MR, Kp, sp, g, width, skk, Kp, out, Kp);
       w.pieces(first, c0, c1, [&](int64_t block, int inside, int c, int len) {
         gemm<true, false>(MR, Kp, len, g + sp + c, width, kk + slot(block) * Kp * BQ + inside * Kp, Kp, out, Kp);
       });
+      ahead->some();
+    }
+    if (seen < BQ) {
+      gemm<true, true>(sp, Kp, BQ - seen, G + seen * width, width, q + seen * ldq, ldq, dsK, Kp);
+      gemm<true, true>(sp, Vp, BQ - seen, w.P + seen * width, width, d + seen * Vp, Vp, dsV, Vp);
     }
     // Keys gather from all 64 queries at once: for each block of 8 columns, the rows whose band touches it.
     w.pieces(first, 0, int((i + 1 - first) * BQ), [&](int64_t block, int, int c, int len) {
@@ -204,8 +250,9 @@ struct WindowBackward {  // weights exp(s - given), ds = w (d.v + dd)
         int r0 = from > 0 ? int(from / MR * MR) : 0, r1 = to < BQ ? int((to + MR - 1) / MR * MR) : BQ;
         if (r0 >= r1) continue;
         const float *g = G + r0 * width + sp + c + s, *p = w.P + r0 * width + sp + c + s;
-        gemm<true, true>(MR, Kp, r1 - r0, g, width, q + r0 * ldq, ldq, dK + row(x) * Kp, Kp);
-        gemm<true, true>(MR, Vp, r1 - r0, p, width, d + r0 * Vp, Vp, dV + row(x) * Vp, Vp);
+        gemm<true, true>(MR, Kp, r1 - r0, g, width, q + r0 * ldq, ldq, keys_gradient(block) + s * Kp, Kp);
+        gemm<true, true>(MR, Vp, r1 - r0, p, width, d + r0 * Vp, Vp, values_gradient(block) + s * Vp, Vp);
+        ahead->some();
       }
     });
   }
@@ -231,38 +278,22 @@ extern "C" void subquad_banded(const WindowArgs* pa) {
   });
 }
 
-static void store_window(const WindowArgs& a, WindowBackward& w, int64_t b, int64_t h, int64_t lo, int64_t hi) {
-  const Window& f = w.w;
-  if (f.sp && !a.own_sinks)
-    for (int64_t n = 0; n < a.sinks && n < hi - lo; n++) {
-      axpy(w.dK + w.row(n) * f.Kp, 1.0f, w.dsK + n * f.Kp, f.Kp);
-      axpy(w.dV + w.row(n) * f.Vp, 1.0f, w.dsV + n * f.Vp, f.Vp);
-    }
-  if (f.sp && a.own_sinks) {
-    store_tile(a.dsk, b, 0, h, a.sinks, a.K, 0, a.sinks, w.dsK, a.scale);
-    store_tile(a.dsv, b, 0, h, a.sinks, a.V, 0, a.sinks, w.dsV);
+// While the gradients of query head r are computed: where they go if they are not streamed, then what the next one takes, or the block before.
+static Ahead rows_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t lo, int64_t hi,
+                         bool past) {
+  Ahead ahead;
+  int64_t head = h * a.R + r, ks = t + a.before, end = hi + a.before;
+  if (!past) ahead.want(a.dq, b, t, head, BQ, a.K, hi, true);
+  if (r + 1 == a.R) {
+    if (!past) ahead.want(a.dk, b, ks, h, BQ, a.K, end, true), ahead.want(a.dv, b, ks, h, BQ, a.V, end, true);
+    t -= BQ, head = h * a.R - 1;
+    if (t < lo) return ahead;
+    int64_t low = ks - BQ - a.window;
+    if (low >= lo) ahead.want(a.k, b, low, h, BQ, a.K, end), ahead.want(a.v, b, low, h, BQ, a.V, end);
   }
-  store_tile(a.dk, b, f.ks - a.before, h, a.before + hi - lo, a.K, 0, INT64_MAX, w.dK + w.row(-a.before) * f.Kp, a.scale);
-  store_tile(a.dv, b, f.ks - a.before, h, a.before + hi - lo, a.V, 0, INT64_MAX, w.dV + w.row(-a.before) * f.Vp);
-}
-
-// Rows gives what the gradients of a head's rows t .. t + 63 start from: load(t, head) fills d, dd and given as WindowBackward::block takes them.
-template <class Rows>
-static void window_backward(const WindowArgs& a, Window& f, WindowBackward& w, Rows& rows) {
-  int64_t ld;
-  float *buf = arena.get(BQ * f.Kp), *dq = arena.get(BQ * f.Kp);
-  f.have = f.first_block(0);
-  for (int64_t i = 0, t = f.lo; t < f.hi; i++, t += BQ) {
-    for (; f.have <= i; f.have++) w.load_block(f.have);
-    for (int64_t r = 0; r < a.R; r++) {
-      int64_t head = f.h * a.R + r;
-      const float* q = borrow_tile(a.q, f.b, t, head, BQ, a.K, f.lo, f.hi, buf, ld);
-      rows.load(t, head, BQ);
-      w.block(i, q, ld, rows.d, rows.dd, rows.given, dq);
-      store_tile(a.dq, f.b, t, head, BQ, a.K, f.lo, f.hi, dq);
-    }
-  }
-  store_window(a, w, f.b, f.h, f.lo, f.hi);
+  ahead.want(a.q, b, t, head + 1, BQ, a.K, hi);
+  ahead.want(a.dout, b, t, head + 1, BQ, a.V, hi);
+  return ahead;
 }
 
 struct BandedRows {
@@ -280,10 +311,24 @@ extern "C" void subquad_banded_backward(const WindowArgs* pa) {
   const WindowArgs& a = *pa;
   parallel(a.N * a.G, a.threads, [&](int64_t task) {
     int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
-    Window f(a, b, h, lo, hi);
-    WindowBackward w(f);
+    Window f(a, b, h, lo, hi, true);
+    bool past = past_caches(a.dq, a.seq, a.N, a.G * (a.R * a.K + a.K + a.V));
+    WindowBackward w(f, past);
     BandedRows rows{a, b, lo, hi, arena.get(BQ * f.Vp)};
-    window_backward(a, f, w, rows);
+    float *buf = arena.get(BQ * f.Kp), *dq = arena.get(BQ * f.Kp);
+    for (int64_t i = (hi - lo + BQ - 1) / BQ - 1; i >= 0; i--) {
+      int64_t t = lo + i * BQ;
+      w.open(i);
+      for (int64_t r = 0; r < a.R; r++) {
+        load_tile(a.q, b, t, h * a.R + r, BQ, a.K, lo, hi, buf);
+        rows.load(t, h * a.R + r, BQ);
+        Ahead ahead = rows_before(a, b, t, h, r, lo, hi, past);
+        w.block(i, buf, f.Kp, rows.d, rows.dd, rows.given, dq, &ahead);
+        store_tile(a.dq, b, t, h * a.R + r, BQ, a.K, lo, hi, dq, 1.0f, past);
+      }
+      w.close(i);
+    }
+    w.end();
   });
 }
 """

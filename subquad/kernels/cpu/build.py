@@ -23,14 +23,16 @@ import torch
 from subquad.errors import UserError
 from subquad.kernels.cpu.banded_source import SOURCE as BANDED
 from subquad.kernels.cpu.delta_source import SOURCE as DELTA
+from subquad.kernels.cpu.linear_backward_source import SOURCE as LINEAR_BACKWARD
 from subquad.kernels.cpu.linear_source import SOURCE as LINEAR
+from subquad.kernels.cpu.python_source import SOURCE as PYTHON
 from subquad.kernels.cpu.steps_source import SOURCE as STEPS
 from subquad.kernels.cpu.tiles_source import SOURCE as TILES
 from subquad.kernels.cpu.window_linear_source import SOURCE as WINDOW_LINEAR
 
 log = logging.getLogger("subquad.kernels")
 
-SOURCE = TILES + LINEAR + DELTA + BANDED + WINDOW_LINEAR + STEPS
+SOURCE = TILES + LINEAR + LINEAR_BACKWARD + DELTA + BANDED + WINDOW_LINEAR + STEPS + PYTHON
 # Contraction of a * b + c is the only freedom the compiler gets: the same instructions every run, NaN and infinities as they should be.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast", "-fno-math-errno", "-w")
 ISA_FLAGS = {
@@ -39,7 +41,7 @@ ISA_FLAGS = {
     "portable": (),
 }
 _OF_TORCH = {"AVX512": "avx512", "AVX2": "avx2"}
-SECONDS = 900  # a compile takes about five, on a machine with nothing else to do
+SECONDS = 900  # a compile takes about seven, on a machine with nothing else to do
 
 
 def isa() -> str:

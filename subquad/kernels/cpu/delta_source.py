@@ -79,8 +79,8 @@ struct DeltaBackward : LinearBackward {
     float suffix = 0;
     for (int t = n - 1; t >= 0 && c.mode == SCALAR; t--) dec[t] += suffix += rows[t] - cols[t];
   }
-  void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
-    LinearBackward::store(a, b, t, h, lo, hi);
+  void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi, bool past) {
+    LinearBackward::store(a, b, t, h, lo, hi, past);
     store_column(a.dbeta, b, t, h, c.n, lo, hi, db);
   }
 };

@@ -1,8 +1,8 @@
-"""C++: the additive recurrence, chunk by chunk, forward and backward: op 1, the linear half of op 5, and what op 2 (delta_source.py) builds on.
+"""C++: the additive recurrence, chunk by chunk: op 1, the linear half of op 5, and what op 2 (delta_source.py) builds on.
 
 Within a chunk, c_t is the running sum of log decays. No exponential of a difference is taken: pair decays are running products of exp(g_t) <= 1, so
-nothing overflows however strong the decay, and vanishing products are zeros. Backward walks the chunks from the end with the states before each
-chunk recomputed. Gradients of log decays are prefix or suffix sums inside a chunk plus what crosses it whole; no difference of large sums.
+nothing overflows however strong the decay, and vanishing products are zeros. For backward (linear_backward_source.py) the state before each 64 tokens
+is kept.
 """
 
 SOURCE = r"""
@@ -11,11 +11,17 @@ enum { PLAIN = 0, SCALAR = 1, VECTOR = 2 };
 struct LinearArgs {  // ops 1 and 2
   Tensor q, k, v, g, beta, o, dq, dk, dv, dg, dbeta;  // backward: o is the gradient of the output
   const float *h0, *dhT;
-  float *hT, *dh0;
+  float *hT, *dh0, *kept;  // kept [blocks, G, state]: the state before each 64 tokens of each sequence, for backward; null: nobody asks for it
   const int64_t* seq;  // [N, 3]: row, first token, end
   int64_t N, G, R, K, V, mode, threads;
   double scale;
 };
+// Are the gradients of a call larger than the caches? numbers: per token of all heads. (bf16 rows are not streamed.)
+static bool past_caches(const Tensor& gradient, const int64_t* seq, int64_t N, int64_t numbers) {
+  int64_t tokens = 0;
+  for (int64_t s = 0; s < N; s++) tokens += seq[3 * s + 2] - seq[3 * s + 1];
+  return gradient.type == 0 && 4 * tokens * numbers > CACHES;
+}
 
 struct Linear {  // one (sequence, key/value head)
   int K, V, Kp, Vp, mode, n;  // n: rows of a chunk
@@ -140,146 +146,29 @@ struct Linear {  // one (sequence, key/value head)
       for (int t = 0; t < n; t++) axpy(z, 1.0f, written() + t * Kp, Kp);
     empty = false;
   }
-};
-
-struct LinearBackward {  // around a Linear whose S, z are the state before the chunk at hand
-  Linear& l;
-  float *dS, *dz, *ST, *dST, *uT, *G, *dq, *dk, *dv, *dec, *tmp, *un;  // dv: gradient of u
-  LinearBackward(Linear& l) : l(l) {
-    int n = l.n, Kp = l.Kp, Vp = l.Vp;
-    dS = arena.zeros(Kp * Vp), dz = arena.zeros(Kp), ST = arena.get(Kp * Vp), dST = arena.get(Kp * Vp), uT = arena.get(Vp * n);
-    G = arena.zeros(n * n), dq = arena.get(n * Kp), dk = arena.get(n * Kp), dv = arena.get(n * Vp), tmp = arena.get(n * Kp), un = arena.get(Kp);
-    dec = arena.get(n * (l.mode == VECTOR ? Kp : 1));
+  // The state as the forward keeps it for backward: [K, V], and [K] where there are sums.
+  int64_t kept_size() const { return (int64_t)K * (V + sums); }
+  void keep(float* dst) {
+    store_state(dst, K, V, V, S);
+    if (sums) memcpy(dst + K * V, z, 4 * K);
   }
-  // After load(): what the state after the chunk asks of keys, values, decays; then dS becomes the gradient of S before it, queries missing.
-  void begin() {
-    int n = l.n, Kp = l.Kp, Vp = l.Vp;
-    transpose(n, Vp, l.u, Vp, uT, n);
-    transpose(Kp, Vp, l.S, Vp, ST, Kp);
-    transpose(Kp, Vp, dS, Vp, dST, Kp);
-    l.weighted_keys();
-    gemm<false, false>(n, Kp, Vp, l.u, Vp, dST, Kp, dk, Kp);
-    if (l.sums)
-      for (int t = 0; t < n; t++) axpy(dk + t * Kp, 1.0f, dz, Kp);
-    gemm<false, false>(n, Vp, Kp, l.written(), Kp, dS, Vp, dv, Vp);
-    if (l.mode == SCALAR) {
-      float through = 0;
-      for (int f = 0; f < Kp; f++) through += dot(l.S + f * Vp, dS + f * Vp, Vp);
-      if (l.sums) through += dot(l.z, dz, Kp);
-      through *= l.fade[0];
-      for (int t = 0; t < n; t++) {
-        dec[t] = through;  // keys written before t, and all of the older state, pass step t
-        scale_row(dk + t * Kp, l.wr[t], Kp);
-        through += dot(dk + t * Kp, l.kk + t * Kp, Kp);
-      }
+  void restore(float* src, float* buf) {  // buf: where sizes need padding
+    if (K % L == 0 && V % L == 0) {
+      S = src, z = sums ? src + K * V : z;
+      return;
     }
-    if (l.mode == VECTOR) {
-      for (int f = 0; f < Kp; f++) un[f] = l.fade[f] * (dot(l.S + f * Vp, dS + f * Vp, Vp) + (l.sums ? l.z[f] * dz[f] : 0.0f));
-      for (int t = 0; t < n; t++) {
-        memcpy(dec + t * Kp, un, 4 * Kp);
-        for (int f = 0; f < Kp; f += L) {
-          vf x = ld(dk + t * Kp + f) * ld(l.wr + t * Kp + f);
-          st(dk + t * Kp + f, x);
-          st(un + f, ld(un + f) + x * ld(l.kk + t * Kp + f));
-        }
-      }
-    }
-    l.fade_state(dS, dz);
-  }
-  // One query head: q [n, Kp], d = gradient of its output [n, Vp], dd = gradient of its denominator [n] or null. Leaves dq; adds to the rest.
-  void head(const float* q, int64_t ldq, const float* d, const float* dd, Ahead* ahead = nullptr) {
-    if (l.mode == VECTOR) return vector_head(q, ldq, d, dd);
-    int n = l.n, Kp = l.Kp, Vp = l.Vp;
-    lower_product(n, Kp, q, ldq, l.kT, l.P, ahead);
-    lower_product(n, Vp, d, Vp, uT, G, ahead);
-    l.mask_rows(l.P);
-    for (int t = 0; dd && t < n; t++)
-      for (int j = 0; j < up(t / MR * MR + MR) && j < n; j += L) st(G + t * n + j, ld(G + t * n + j) + dd[t]);
-    gemm<false, false>(n, Kp, Vp, d, Vp, ST, Kp, dq, Kp, ahead);
-    if (dd)
-      for (int t = 0; t < n; t++) axpy(dq + t * Kp, dd[t], l.z, Kp);
-    const float* faded = q;
-    int64_t ldf = ldq;
-    if (l.mode == SCALAR) {
-      float cols[64] = {0}, rows[64];
-      for (int t = 0; t < n; t++) {
-        float s = 0;
-        for (int j = 0; j < t; j++) {
-          float x = G[t * n + j] * l.P[t * n + j];
-          s += x, cols[j] += x;
-        }
-        scale_row(dq + t * Kp, l.ec[t], Kp);
-        rows[t] = s + dot(q + t * ldq, dq + t * Kp, Kp);
-        for (int f = 0; f < Kp; f += L) st(l.qs + t * Kp + f, l.ec[t] * ld(q + t * ldq + f));
-      }
-      float suffix = 0;
-      for (int t = n - 1; t >= 0; t--) dec[t] += suffix += rows[t] - cols[t];
-      faded = l.qs, ldf = Kp;
-    }
-    l.mask_rows(G);
-    lower_rows<true>(n, Kp, G, n, l.kk, Kp, dq, Kp, ahead);
-    lower_transposed(n, Kp, G, n, q, ldq, dk, Kp);
-    lower_transposed(n, Vp, l.P, n, d, Vp, dv, Vp);
-    gemm<true, true>(Kp, Vp, n, faded, ldf, d, Vp, dS, Vp, ahead);
-    if (dd)
-      for (int t = 0; t < n; t++) axpy(dz, dd[t], faded + t * ldf, Kp);
-  }
-  void vector_head(const float* q, int64_t ldq, const float* d, const float* dd) {
-    int n = l.n, Kp = l.Kp, Vp = l.Vp;
-    l.products(q, ldq);
-    lower_product(n, Vp, d, Vp, uT, G);
-    float* extra = tmp;  // [n, Kp] gradient of the running sum of log decays at each row
-    memset(extra, 0, 4 * n * Kp);
-    gemm<false, false>(n, Kp, Vp, d, Vp, ST, Kp, dq, Kp);
-    for (int t = 0; t < n; t++) {
-      if (dd) axpy(dq + t * Kp, dd[t], l.z, Kp);
-      for (int f = 0; f < Kp; f += L) {
-        vf c = ld(l.ec + t * Kp + f), qt = ld(q + t * ldq + f), x = ld(dq + t * Kp + f) * c;
-        st(dq + t * Kp + f, x);
-        st(l.qs + t * Kp + f, qt * c);
-        st(extra + t * Kp + f, x * qt);
-      }
-    }
-    for (int j = 0; j < n; j++)
-      for (int f = 0; f < Kp; f += L) {
-        vf kj = ld(l.kk + j * Kp + f), u = bc(1), own = {}, out = {};
-        for (int t = j; t < n; t++) {
-          if (t > j) u = u * ld(l.e + t * Kp + f);
-          vf g = u * (G[t * n + j] + (dd ? dd[t] : 0.0f)), qt = ld(q + t * ldq + f), x = g * kj;
-          st(dq + t * Kp + f, ld(dq + t * Kp + f) + x);
-          out += g * qt;
-          if (t > j) {
-            vf both = x * qt;
-            own += both;
-            st(extra + t * Kp + f, ld(extra + t * Kp + f) + both);
-          }
-        }
-        st(dk + j * Kp + f, ld(dk + j * Kp + f) + out);
-        st(extra + j * Kp + f, ld(extra + j * Kp + f) - own);
-      }
-    for (int f = 0; f < Kp; f += L) {
-      vf suffix = {};
-      for (int t = n - 1; t >= 0; t--) {
-        suffix += ld(extra + t * Kp + f);
-        st(dec + t * Kp + f, ld(dec + t * Kp + f) + suffix);
-      }
-    }
-    lower_transposed(n, Vp, l.P, n, d, Vp, dv, Vp);
-    gemm<true, true>(Kp, Vp, n, l.qs, Kp, d, Vp, dS, Vp);
-    if (dd)
-      for (int t = 0; t < n; t++) axpy(dz, dd[t], l.qs + t * Kp, Kp);
-  }
-  void finish() {}  // after all heads
-  void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
-    store_tile(a.dk, b, t, h, l.n, a.K, lo, hi, dk);
-    store_tile(a.dv, b, t, h, l.n, a.V, lo, hi, dv);
-    store_decay(a.dg, b, t, h, lo, hi);
-  }
-  void store_decay(const Tensor& dg, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
-    if (l.mode == SCALAR) store_column(dg, b, t, h, l.n, lo, hi, dec);
-    if (l.mode == VECTOR) store_tile(dg, b, t, h, l.n, l.K, lo, hi, dec);
+    S = buf, z = buf + Kp * Vp;
+    load_state(src, K, V, V, S);
+    memset(z, 0, 4 * Kp);
+    if (sums) memcpy(z, src + K * V, 4 * K);
   }
 };
+constexpr int BLOCK = 64;  // tokens between kept states
+static int64_t blocks_before(const int64_t* seq, int64_t s) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < s; i++) n += (seq[3 * i + 2] - seq[3 * i + 1] + BLOCK - 1) / BLOCK;
+  return n;
+}
 
 // States of several heads behind one set of tiles.
 struct Heads {
@@ -287,8 +176,8 @@ struct Heads {
   int64_t first, size;
   float* all;
   std::vector<char> empty;
-  Heads(Linear& l, int64_t h0, int64_t h1) : l(l), first(h0), size(l.Kp * l.Vp), empty(h1 - h0, 1) { all = arena.zeros((h1 - h0) * size); }
-  void take(int64_t h) { l.S = all + (h - first) * size, l.empty = empty[h - first]; }
+  Heads(Linear& l, int64_t h0, int64_t h1) : l(l), first(h0), size(l.Kp * (l.Vp + 1)), empty(h1 - h0, 1) { all = arena.zeros((h1 - h0) * size); }
+  void take(int64_t h) { l.S = all + (h - first) * size, l.z = l.S + l.Kp * l.Vp, l.empty = empty[h - first]; }
   void put(int64_t h) { empty[h - first] = l.empty; }
 };
 
@@ -313,6 +202,7 @@ static void forward(const LinearArgs& a) {
     int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V;
     Cell l(a.K, a.V, a.mode);
     Heads heads(l, h0, h1);
+    int64_t block = blocks_before(a.seq, s);
     float *q = arena.get(l.n * l.Kp), *out = arena.get(l.n * l.Vp);
     for (int64_t h = h0; a.h0 && h < h1; h++) {
       heads.take(h);
@@ -322,6 +212,7 @@ static void forward(const LinearArgs& a) {
     for (int64_t t = lo; t < hi; t += l.n)
       for (int64_t h = h0; h < h1; h++) {
         heads.take(h);
+        if (a.kept && (t - lo) % BLOCK == 0) l.keep(a.kept + ((block + (t - lo) / BLOCK) * a.G + h) * l.kept_size());
         l.load(a, b, t, h, lo, hi);
         Ahead ahead;
         for (int64_t r = 0; r < a.R; r++) {
@@ -337,63 +228,5 @@ static void forward(const LinearArgs& a) {
   });
 }
 
-// Backward: the gradients of query head r, then what the next one takes, or the chunk before.
-static Ahead rows_before(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int rows, int64_t hi, bool more) {
-  Ahead ahead;
-  ahead.want(a.dq, b, t, h * a.R + r, rows, a.K, hi, true);
-  bool last = r + 1 == a.R;
-  if (last) {
-    ahead.want(a.dk, b, t, h, rows, a.K, hi, true);
-    ahead.want(a.dv, b, t, h, rows, a.V, hi, true);
-    if (!more) return ahead;
-    t -= rows, r = -1;
-    ahead.want(a.k, b, t, h, rows, a.K, hi);
-    ahead.want(a.v, b, t, h, rows, a.V, hi);
-  }
-  ahead.want(a.q, b, t, h * a.R + r + 1, rows, a.K, hi);
-  ahead.want(a.o, b, t, h * a.R + r + 1, rows, a.V, hi);
-  return ahead;
-}
-
-template <class Cell, class Backward>
-static void backward(const LinearArgs& a) {
-  parallel(a.N * a.G, a.threads, [&](int64_t task) {
-    int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], ld;
-    Cell l(a.K, a.V, a.mode);
-    Backward w(l);
-    if (a.h0) load_state(a.h0 + task * a.K * a.V, a.K, a.V, a.V, l.S);
-    if (a.dhT) load_state(a.dhT + task * a.K * a.V, a.K, a.V, a.V, w.dS);
-    l.empty = false;
-    int64_t chunks = (hi - lo + l.n - 1) / l.n, size = l.Kp * l.Vp;
-    float *states = arena.get(chunks * size + 1), *buf = arena.get(l.n * l.Kp), *d = arena.get(l.n * l.Vp);
-    for (int64_t i = 0; i < chunks; i++) {
-      memcpy(states + i * size, l.S, 4 * size);
-      if (i + 1 == chunks) break;
-      l.load(a, b, lo + i * l.n, h, lo, hi);
-      Ahead ahead;
-      ahead.want(a.k, b, lo + (i + 1) * l.n, h, l.n, a.K, hi);
-      ahead.want(a.v, b, lo + (i + 1) * l.n, h, l.n, a.V, hi);
-      l.write(&ahead);
-    }
-    for (int64_t i = chunks - 1; i >= 0; i--) {
-      int64_t t = lo + i * l.n;
-      l.S = states + i * size;
-      l.load(a, b, t, h, lo, hi);
-      w.begin();
-      for (int64_t r = 0; r < a.R; r++) {
-        const float* q = borrow_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, buf, ld);
-        load_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, d, a.scale);
-        Ahead ahead = rows_before(a, b, t, h, r, l.n, hi, i > 0);
-        w.head(q, ld, d, nullptr, &ahead);
-        store_tile(a.dq, b, t, h * a.R + r, l.n, a.K, lo, hi, w.dq);
-      }
-      w.finish();
-      w.store(a, b, t, h, lo, hi);
-    }
-    if (a.dh0) store_state(a.dh0 + task * a.K * a.V, a.K, a.V, a.V, w.dS);
-  });
-}
-
 extern "C" void subquad_additive(const LinearArgs* a) { forward<Linear>(*a); }
-extern "C" void subquad_additive_backward(const LinearArgs* a) { backward<Linear, LinearBackward>(*a); }
 """

@@ -35,6 +35,19 @@ typedef uint16_t vhu __attribute__((vector_size(2 * L), aligned(2), may_alias));
 
 INLINE vf ld(const float* p) { return *(const vfu*)p; }
 INLINE void st(float* p, vf x) { *(vfu*)p = x; }
+// Past the caches, to an aligned place: for results larger than they are. A cache line that is written whole need not be read first.
+INLINE void stream(float* p, vf x) {
+#if defined(__AVX512F__)
+  __builtin_ia32_movntps512(p, x);
+#elif defined(__AVX2__)
+  __builtin_ia32_movntps256(p, x);
+#elif defined(__SSE2__)
+  __builtin_ia32_movntps(p, x);
+#else
+  st(p, x);
+#endif
+}
+constexpr int64_t CACHES = 16 << 20;  // bytes of results from which on they are streamed
 INLINE vf bc(float x) { return x - (vf){}; }
 INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 INLINE vf vmax(vf a, vf b) { return pick(a > b, a, b); }
@@ -100,13 +113,14 @@ INLINE const char* at(const Tensor& t, int64_t b, int64_t i, int64_t h) {
 // Rows that will be needed soon, asked for a few at a time between products: the memory's latency hides behind arithmetic. They are read into the second
 // cache level: the tiles at hand fill the first.
 struct Ahead {
-  struct Rows { const char* p; int64_t stride, bytes, count; bool write; } of[8];
+  struct Rows { const char* p; int64_t stride, bytes, count; bool write; } of[16];
   int used = 0, now = 0;
   int64_t row = 0;
   void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi, bool write = false) {
     int bytes = t.type ? 2 : 4;
     of[used++] = {at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, hi - from < rows ? hi - from : rows, write};
   }
+  void want(const float* p, int64_t count) { of[used++] = {(const char*)p, 256, 256, (count + 63) / 64, false}; }
   void some() {
     for (int i = 0; i < MR * ((used + 3) / 4) && now < used; i++) {  // four products fetch up to four tensors
       const Rows& r = of[now];
@@ -229,7 +243,8 @@ static const float* borrow_tile(const Tensor& t, int64_t b, int64_t from, int64_
   ld = up(size);
   return buf;
 }
-static void store_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, const float* src, float scale = 1.0f) {
+static void store_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, const float* src, float scale = 1.0f,
+                       bool past = false) {  // past: stream them
   int width = up(size), whole = size / L * L;
   for (int r = 0; r < rows; r++, src += width) {
     int64_t i = from + r;
@@ -237,6 +252,7 @@ static void store_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int 
     char* p = (char*)at(t, b, i, h);
     int c = 0;
     if (t.type == 0) {
+      if (past && (uintptr_t)p % (4 * L) == 0) for (; c < whole; c += L) stream((float*)p + c, scale * ld(src + c));
       for (; c < whole; c += L) st((float*)p + c, scale * ld(src + c));
       for (; c < size; c++) ((float*)p)[c] = scale * src[c];
     } else {
@@ -329,6 +345,9 @@ static void parallel(int64_t tasks, int64_t threads, F task) {
       task(i);
       arena.reset();
     }
+#if defined(__SSE2__)
+    _mm_sfence();  // streamed results are in memory before another thread reads them
+#endif
   };
   std::vector<std::thread> pool;
   for (int64_t i = 1; i < threads && i < tasks; i++) pool.emplace_back(work);
