@@ -21,7 +21,7 @@ SOURCE = r"""
 #if defined(__AVX512F__)
 constexpr int L = 16, MR = 8, NR = 2;
 #elif defined(__AVX2__)
-constexpr int L = 8, MR = 4, NR = 2;
+constexpr int L = 8, MR = 4, NR = 3;
 #else
 constexpr int L = 4, MR = 4, NR = 2;
 #endif
@@ -159,6 +159,8 @@ static void gemm(int M, int N, int K, const float* A, int64_t lda, const float* 
     const float* a = AT ? A + i : A + i * lda;
     int j = 0;
     for (; j + NR * L <= N; j += NR * L) micro<MR, NR, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
+    if constexpr (NR > 2)
+      for (; j + 2 * L <= N; j += 2 * L) micro<MR, 2, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
     for (; j < N; j += L) micro<MR, 1, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
     if (ahead) ahead->some();
   }
