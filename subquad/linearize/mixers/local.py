@@ -51,9 +51,9 @@ def plain_position(call: AttentionCall) -> int | None:
     return state.fewest if bool((state.seen_B == state.fewest).all()) else None
 
 
-def one_token(call: AttentionCall) -> bool:
-    """A decode step without gradients: the ops have a form for it."""
-    return call.k_BTGK.shape[1] == 1 and not torch.is_grad_enabled()
+def one_token(x_BT: Tensor) -> bool:
+    """A decode step without gradients: the ops have a form for it, which updates the state in place."""
+    return x_BT.shape[1] == 1 and not torch.is_grad_enabled()
 
 
 @dataclass

@@ -37,7 +37,7 @@ def in_one_pass(cell, call: AttentionCall, position: int) -> Tensor:
         decay = cell.decay(call.hidden_BTD)
         if call.real_BT is not None:
             decay = decay.masked_fill(~call.real_BT.view(*call.real_BT.shape, *(1,) * (decay.dim() - 2)), 0.0)
-    if state is not None and one_token(call) and position >= cell.window + cell.sinks and memory is not None:
+    if state is not None and one_token(q) and position >= cell.window + cell.sinks and memory is not None:
         out = window_linear_step(
             q[:, 0], slots.k[:, 1:], slots.v[:, 1:], cell.map_q(call.q_BTGRK, now)[:, 0].flatten(1, 2),
             cell.mix(call.hidden_BTD)[:, 0].flatten(1), memory, cell.map_k(slots.k[:, :1], places[:, :1])[:, 0], slots.v[:, 0],

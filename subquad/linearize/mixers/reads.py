@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from subquad.kernels.ops import additive, delta
+from subquad.kernels.ops import additive, additive_step, delta, delta_step
 from subquad.linearize.mixers.base import AttentionCall
 from subquad.linearize.mixers.combine import TINY
 from subquad.linearize.mixers.key_weights import NOTHING, running
 from subquad.linearize.mixers.levels import read_all, read_steps
+from subquad.linearize.mixers.local import one_token
 from subquad.linearize.mixers.normalisers import EPS, Sums
 from subquad.linearize.mixers.partitions import routed
 from subquad.linearize.mixers.positions import turned
@@ -215,12 +216,20 @@ def _plus(decay: Tensor | None, shift: Tensor | None) -> Tensor | None:
 
 
 def _additive(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, log: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """(y [B, T, G, R, V], state after) of op `additive`, which counts query heads in one dimension."""
+    """(y [B, T, G, R, V], state after) of op `additive`, which counts query heads in one dimension, or of its step."""
+    if one_token(q_BTGRF):
+        now = (x[:, 0] for x in (q_BTGRF.flatten(2, 3), k_BTGF, v_BTGV))
+        y = additive_step(*now, state := state.contiguous(), None if log is None else log[:, 0])
+        return y.view(y.shape[0], 1, *q_BTGRF.shape[2:4], -1), state
     y, state = additive(q_BTGRF.flatten(2, 3), k_BTGF, v_BTGV, log, initial_state=state, output_final_state=True)
     return y.unflatten(2, q_BTGRF.shape[2:4]), state
 
 
 def _delta(q_BTGRF: Tensor, k_BTGF: Tensor, v_BTGV: Tensor, beta_BTG: Tensor, log: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """The same of op `delta`."""
+    if one_token(q_BTGRF):
+        now = (x[:, 0] for x in (q_BTGRF.flatten(2, 3), k_BTGF, v_BTGV, beta_BTG))
+        y = delta_step(*now, state := state.contiguous(), None if log is None else log[:, 0])
+        return y.view(y.shape[0], 1, *q_BTGRF.shape[2:4], -1), state
     y, state = delta(q_BTGRF.flatten(2, 3), k_BTGF, v_BTGV, beta_BTG, log, initial_state=state, output_final_state=True)
     return y.unflatten(2, q_BTGRF.shape[2:4]), state

@@ -76,8 +76,12 @@ def recall_error(k_BTGK: Tensor, v_BTGV: Tensor, on_BT: Tensor, sums_BGFV: Tenso
     on, k = on_BT[..., None, None], SHARP * k_BTGK.float()
     features = torch.cat([k.softmax(-1), (-k).softmax(-1)], -1).masked_fill(~on, 0.0)
     v = F.pad(v_BTGV.float(), (0, 1), value=1.0)
-    before = (F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)) for x in (features, v))  # a token is not asked for itself
-    y, sums = additive(features, *before, initial_state=sums_BGFV, output_final_state=True)
+    sums = sums_BGFV
+    if v.shape[1] == 1:
+        y = torch.einsum("btgf,bgfv->btgv", features, sums)
+    else:
+        before = (F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)) for x in (features, v))  # a token is not asked for itself
+        y, sums = additive(features, *before, initial_state=sums, output_final_state=True)
     sums = sums + features[:, -1].unsqueeze(-1) * v[:, -1].unsqueeze(-2)
     return (y[..., :-1] / y[..., -1:].clamp_min(TINY) - v[..., :-1]).norm(dim=-1), sums
 

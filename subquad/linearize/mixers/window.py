@@ -12,7 +12,7 @@ class Window(Mixer):
         if (
             call.state is not None
             and call.state.fewest >= self.window + self.sinks
-            and one_token(call)
+            and one_token(call.k_BTGK)
             and plain_position(call) is not None
         ):
             slots = extend(call, self.sinks)
