@@ -15,11 +15,11 @@ KEPT = ("registers", "spill", "shared", "instructions", "matrix", "matrix_kind")
 def measure(target: str, case: str, seen: dict) -> dict[str, dict]:
     """{kernel, what tells its variants apart, and a number: figures} of one case."""
     import compiler
-    from cases import CASES
+    from cases import CASES, backward
 
     function, arguments = CASES[case]
     with compiler.compiling(target, seen) as found:
-        function(*arguments)
+        backward(function(*arguments))
     rows: dict[str, dict] = {}
     for one in {id(one): one for one in found}.values():
         options = ",".join(f"{key}={int(value)}" for key, value in one.options.items())
@@ -56,7 +56,7 @@ def main() -> None:
     sys.path[:0] = [str(HERE)]
     import conftest  # noqa: F401 - the light package
     from cases import CASES
-    from compiler import TARGETS
+    from stand_in import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", default=",".join(TARGETS))
