@@ -80,7 +80,7 @@ def as_on(target: str, sample: int = 1) -> Tuning:
     return gpu
 
 
-def call(name: str, x: SimpleNamespace, **more) -> list[torch.Tensor]:
+def call(name: str, x: SimpleNamespace, scale: float = 1.0, **more) -> list[torch.Tensor]:
     """Outputs of fla's op (or ops, joined by +) on x.q, x.k, x.v, x.fq, x.fk, x.beta, x.gate; more: initial_state, output_final_state.
 
     window_linear needs two: attention over the window and linear attention over all tokens. They do not compute our function: nothing joins them or
@@ -91,16 +91,16 @@ def call(name: str, x: SimpleNamespace, **more) -> list[torch.Tensor]:
     if " + " in name:
         first, second = name.split(" + ")
         features = SimpleNamespace(**{**vars(x), "q": x.fq, "k": x.fk})
-        return call(first, x, **more) + call(second, features, **more)
+        return call(first, x, scale, **more) + call(second, features, scale, **more)
     if name == "parallel_attn":
-        return [ops.parallel_attn(x.q, x.k, x.v, window_size=WINDOW)]
+        return [ops.parallel_attn(x.q, x.k, x.v, scale=scale, window_size=WINDOW)]
     if name == "chunk_gla":
-        return list(ops.chunk_gla(x.q, x.k, x.v, x.gate, scale=1.0, **more))
+        return list(ops.chunk_gla(x.q, x.k, x.v, x.gate, scale=scale, **more))
     if name == "chunk_delta_rule":
-        return list(ops.chunk_delta_rule(x.q, x.k, x.v, x.beta.to(x.q.dtype), scale=1.0, **more))
+        return list(ops.chunk_delta_rule(x.q, x.k, x.v, x.beta.to(x.q.dtype), scale=scale, **more))
     if name == "chunk_gated_delta_rule":
-        return list(ops.chunk_gated_delta_rule(x.q, x.k, x.v, x.gate, x.beta, scale=1.0, **more))
-    return list(getattr(ops, name)(x.q, x.k, x.v, x.gate, scale=1.0, **more))
+        return list(ops.chunk_gated_delta_rule(x.q, x.k, x.v, x.gate, x.beta, scale=scale, **more))
+    return list(getattr(ops, name)(x.q, x.k, x.v, x.gate, scale=scale, **more))
 
 
 def largest_tiles(configurations: list):
