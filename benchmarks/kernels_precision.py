@@ -51,14 +51,14 @@ def case(op: str, T: int, D: int) -> tuple[dict, dict]:
     return short, other
 
 
-def run(fn, leaves: dict, other: dict) -> dict:
-    """Output, state and gradients by name; the loss reads every differentiable output."""
+def run(fn, leaves: dict, other: dict, names: tuple[str, ...]) -> dict:
+    """Outputs and gradients by name; the loss reads every differentiable output."""
     leaves = {name: x.clone().requires_grad_() for name, x in leaves.items()}
     outs = [x for x in fn(**leaves, **other) if x is not None]
     generator = torch.Generator().manual_seed(7)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outs]
     sum((x * w.to(x.dtype)).sum() for x, w in zip(outs, weights, strict=True) if x.requires_grad).backward()
-    return dict(zip(("o", "state"), (x.detach() for x in outs), strict=False)) | {"d" + name: x.grad for name, x in leaves.items()}
+    return dict(zip(names, (x.detach() for x in outs), strict=True)) | {"d" + name: x.grad for name, x in leaves.items()}
 
 
 def peer(name: str):
@@ -75,13 +75,14 @@ def row(op: str, call: str, mode: str, leaves: dict, other: dict) -> dict:
     """Errors of one call in one precision."""
     low = {name: x.to(torch.float32 if name in KEEP else MODES[mode]) for name, x in leaves.items()}
     function = op.partition("-")[0]
+    names = ("o", "denominator", "maximum") if function == "banded" else ("o", "state")
     if call == "subquad":
         precision = {"input_precision": mode} if MODES[mode] == torch.float32 else {}
-        found = run(getattr(functions, function), low, other | precision)
+        found = run(getattr(functions, function), low, other | precision, names)
     else:
-        found = run(peer(call), low, other)
-    wanted = run(getattr(definition, function), {name: x.double() for name, x in low.items()}, other)
-    return {"op": op, "call": call, "mode": mode, "errors": {name: error(found[name], wanted[name]) for name in wanted if name in found}}
+        found = run(peer(call), low, other, names)
+    wanted = run(getattr(definition, function), {name: x.double() for name, x in low.items()}, other, names)
+    return {"op": op, "call": call, "mode": mode, "errors": {name: error(found[name], wanted[name]) for name in wanted}}
 
 
 def cell(errors: dict[str, float]) -> str:
