@@ -8,7 +8,6 @@ Key: B batch, T tokens, H heads, D head size; q, k, v, fq, fk [B, T, H, D], beta
 
 import contextlib
 import importlib.util
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -39,20 +38,14 @@ def present() -> bool:
 
 
 class Tuning(StandIn):
-    """A stand-in that an autotuner can ask: of its configurations every `sample`-th is called, once, and none is faster than another."""
+    """A stand-in that an autotuner can ask: every configuration is called once, and none is faster than another."""
 
-    def __init__(self, name: str, sample: int = 1):
+    def __init__(self, name: str):
         super().__init__(name)
-        self.sample = sample
-        self.skipped = self.failed = 0  # configurations that were not called, and that could not be compiled
+        self.failed = 0  # configurations that could not be compiled
 
     def get_benchmarker(self):
-        asked = itertools.count()  # an autotuner asks for one of these once, and keeps it
-
         def once(call, quantiles=(0.5,), **_):
-            if next(asked) % self.sample:
-                self.skipped += 1
-                return [2.0] * len(quantiles)
             try:
                 call()
             except Exception:
@@ -63,11 +56,11 @@ class Tuning(StandIn):
         return once
 
 
-def as_on(target: str, sample: int = 1) -> Tuning:
+def as_on(target: str) -> Tuning:
     """Let triton and torch.cuda answer for a GPU that is not here; gives the driver."""
     from triton.runtime.driver import driver
 
-    gpu = Tuning(target, sample)
+    gpu = Tuning(target)
     driver.set_active(gpu)
     shared = SHARED_LIMIT[target]
     card = SimpleNamespace(shared_memory_per_block_optin=shared, shared_memory_per_block=49152, multi_processor_count=132)
