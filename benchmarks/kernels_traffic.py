@@ -1,16 +1,19 @@
 """Bytes that the Triton kernels move, counted in the corrected interpreter: no GPU, no time.
 
-    python benchmarks/kernels_traffic.py [--tokens 512] [--sizes 64,128] [--ops additive-none,..] [--backward] [--json FILE]
+    python benchmarks/kernels_traffic.py [--tokens 512] [--sizes 64,128] [--ops additive-none,..] [--backward] [--fla] [--json FILE]
 
 One head, bf16, forward (or forward and backward). Unit: the bytes of q, k, v and o once (of window_linear: without its features). Two numbers a row:
   memory    32-byte sectors touched by each launch, once each: what moves between memory and L2 when reuse inside a launch is perfect, between launches none
   L2        32-byte sectors of every access: what moves between L2 and the programs when nothing is reused
+--fla adds fla-core's ops of the same function where it is installed: the configurations it considers on compute capability 9.0, of these the one with
+the largest tiles. Where two of its ops and a merge are needed (window_linear), the merge is computed, not counted: it reads two outputs and writes one.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE / "tests"))
@@ -19,6 +22,7 @@ import light_package
 
 light_package.install(HERE / "tests/interp")
 import emulator
+import fla_peer
 import torch
 
 from subquad.kernels.triton import functions
@@ -27,33 +31,45 @@ BARS = {"additive-none": 1.3, "additive-scalar": 1.3, "additive-vector": 4, "del
         "window_linear-scalar": 1.8}  # fmt: skip
 
 
-def inputs(T: int, D: int, backward: bool):
+OURS = "subquad"
+LINE = "{op:20} {call:38} {D:4} {memory:7} {L2:6} {launches:9} {exponentials:10} {flops:19}  {bar}"
+MERGE = 3  # tensors of the size of o
+
+
+def inputs(kind: str, T: int, D: int, backward: bool) -> SimpleNamespace:
     def tensor(*shape, dtype=torch.bfloat16):
         return torch.rand(1, T, 1, *shape).to(dtype).requires_grad_(backward)
 
-    gates = {"none": None, "scalar": (-tensor(dtype=torch.float32)).detach(), "vector": (-tensor(D, dtype=torch.float32)).detach()}
-    return [tensor(D) for _ in range(5)], gates, tensor(dtype=torch.float32)
+    gates = {"scalar": (-tensor(dtype=torch.float32)).detach(), "vector": (-tensor(D, dtype=torch.float32)).detach()}
+    x = SimpleNamespace(**{name: tensor(D) for name in ("q", "k", "v", "fq", "fk")}, gate=gates.get(kind), beta=tensor(dtype=torch.float32))
+    x.k.data = torch.nn.functional.normalize(x.k.data.float(), dim=-1).bfloat16()  # of longer keys the delta rule's state overflows
+    return x
 
 
-def run(op: str, T: int, D: int, backward: bool) -> dict:
+def ours(name: str, x: SimpleNamespace) -> list[torch.Tensor]:
+    if name == "additive":
+        return [functions.additive(x.q, x.k, x.v, x.gate)[0]]
+    if name == "delta":
+        return [functions.delta(x.q, x.k, x.v, x.beta, x.gate)[0]]
+    if name == "banded":
+        return [functions.banded(x.q, x.k, x.v, window=64, sinks=4)[0]]
+    return [functions.window_linear(x.q, x.k, x.v, x.fq, x.fk, x.beta, x.gate, window=64, sinks=4)[0]]
+
+
+def run(op: str, call: str, T: int, D: int, backward: bool) -> dict:
     torch.manual_seed(0)
     name, _, kind = op.partition("-")
-    (q, k, v, fq, fk), gates, beta = inputs(T, D, backward)
+    x = inputs(kind, T, D, backward)
     with emulator.watch(check=False) as seen:
-        if name == "additive":
-            out = functions.additive(q, k, v, gates[kind])[0]
-        elif name == "delta":
-            out = functions.delta(q, k, v, beta, gates[kind])[0]
-        elif name == "banded":
-            out = functions.banded(q, k, v, window=64, sinks=4)[0]
-        else:
-            out = functions.window_linear(q, k, v, fq, fk, beta, gates[kind], window=64, sinks=4)[0]
+        outs = ours(name, x) if call == OURS else fla_peer.call(call, x)
         if backward:
-            out.sum().backward()
-    unit = 4 * q.numel() * q.element_size()
+            sum(out.sum() for out in outs if out is not None).backward()
+    unit = 4 * x.q.numel() * x.q.element_size()
+    merge = MERGE / 4 if " + " in call else 0
     return {
-        "op": op, "D": D, "memory": round(seen.fresh / unit, 2), "L2": round(seen.sectors / unit, 2), "launches": len(seen.launches),
-        "exponentials": round(seen.exponentials / T), "flops": round(seen.flops / T), "bar": BARS.get(op),
+        "op": op, "call": call, "D": D, "memory": round(seen.fresh / unit + merge, 2), "L2": round(seen.sectors / unit + merge, 2),
+        "launches": len(seen.launches) + bool(merge), "exponentials": round(seen.exponentials / T), "flops": round(seen.flops / T),
+        "bar": BARS.get(op) if call == OURS else None,
     }  # fmt: skip
 
 
@@ -63,15 +79,24 @@ def main() -> None:
     parser.add_argument("--sizes", default="64,128")
     parser.add_argument("--ops", default=",".join([*BARS, "banded"]))
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--fla", action="store_true", help="fla-core's ops as well")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    peers = {}
+    if asked.fla and fla_peer.present():
+        fla_peer.as_on("sm_90")
+        fla_peer.make_interpretable()
+        peers = fla_peer.OPS
+    elif asked.fla:
+        print("fla-core is not installed: subquad alone", file=sys.stderr)
     rows = []
-    print("op                      D  memory     L2  launches  exp/token  matmul flops/token  bar")
+    print(f"{'op':20} {'call':38}    D  memory     L2  launches  exp/token  matmul flops/token  bar")
     for D in map(int, asked.sizes.split(",")):
         for op in asked.ops.split(","):
-            row = run(op, asked.tokens, D, asked.backward)
-            rows.append(row)
-            print("{op:20} {D:4} {memory:7} {L2:6} {launches:9} {exponentials:10} {flops:19}  {bar}".format(**row), flush=True)
+            for call in (OURS, *peers.get(op, ())):
+                row = run(op, call, asked.tokens, D, asked.backward)
+                rows.append(row)
+                print(LINE.format(**row), flush=True)
     if asked.json:
         asked.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -22,22 +22,25 @@ def gate(kind, D, batch=B):
     return {"none": None, "scalar": tensor(batch, T, H, dtype=torch.float32), "vector": tensor(batch, T, H, D, dtype=torch.float32)}[kind]
 
 
-def run(outputs) -> None:
-    sum(x.float().sum() for x in outputs if x is not None and x.requires_grad).backward()
+def backward(outputs) -> None:
+    """Launch the backward pass of what a case gave, if it has one."""
+    wanted = [x.float().sum() for x in outputs if x is not None and x.requires_grad]
+    if wanted:
+        sum(wanted).backward()
 
 
 def additive(D, decay, batch=B):
     state = tensor(batch, H, D, D, dtype=torch.float32)
-    run(functions.additive(*qkv(D, batch), gate(decay, D, batch), initial_state=state, output_final_state=True))
+    return functions.additive(*qkv(D, batch), gate(decay, D, batch), initial_state=state, output_final_state=True)
 
 
 def delta(D, decay):
     beta, state = tensor(B, T, H, dtype=torch.float32), tensor(B, H, D, D, dtype=torch.float32)
-    run(functions.delta(*qkv(D), beta, gate(decay, D), initial_state=state, output_final_state=True))
+    return functions.delta(*qkv(D), beta, gate(decay, D), initial_state=state, output_final_state=True)
 
 
 def banded(D):
-    run(functions.banded(*qkv(D), window=64, sinks=4)[:2])
+    return functions.banded(*qkv(D), window=64, sinks=4)[:2]
 
 
 def window_linear(D, decay, batch=B, length=T):
@@ -46,15 +49,17 @@ def window_linear(D, decay, batch=B, length=T):
     g = {"none": None, "scalar": tensor(batch, length, H, dtype=torch.float32), "vector": tensor(batch, length, H, D, dtype=torch.float32)}[
         decay
     ]
-    run(functions.window_linear(*qkv(D, batch, length), fq, fk, mix, g, window=64, sinks=4, initial_state=state, output_final_state=True))
+    return functions.window_linear(*qkv(D, batch, length), fq, fk, mix, g, window=64, sinks=4, initial_state=state, output_final_state=True)
 
 
 def steps(D):
     q, k, v = (torch.zeros(B, H, D, dtype=torch.bfloat16) for _ in range(3))
-    functions.additive_step(q, k, v, torch.zeros(B, H, D, D), torch.zeros(B, H))
-    functions.delta_step(q, k, v, torch.zeros(B, H), torch.zeros(B, H, D, D), torch.zeros(B, H))
     window = torch.zeros(B, 64, H, D, dtype=torch.bfloat16)
-    functions.window_linear_step(q, window, window, q, torch.zeros(B, H), torch.zeros(B, H, D, D + 1), k, v)
+    return (
+        *functions.additive_step(q, k, v, torch.zeros(B, H, D, D), torch.zeros(B, H)),
+        *functions.delta_step(q, k, v, torch.zeros(B, H), torch.zeros(B, H, D, D), torch.zeros(B, H)),
+        *functions.window_linear_step(q, window, window, q, torch.zeros(B, H), torch.zeros(B, H, D, D + 1), k, v),
+    )
 
 
 CASES = {

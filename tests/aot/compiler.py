@@ -18,65 +18,14 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 
-import torch
 import triton
+from stand_in import TARGETS, StandIn
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may have
 MATRIX = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")  # PTX; on AMD every v_mfma
-
-
-class StandIn(DriverBase):
-    """A driver for a GPU that is not there: it knows the target and refuses to run anything."""
-
-    def __init__(self, name: str):
-        self.name, self.target = name, TARGETS[name]
-
-    @classmethod
-    def is_active(cls):
-        return False
-
-    def map_python_to_cpp_type(self, kind):
-        return kind
-
-    def get_current_target(self):
-        return self.target
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def get_benchmarker(self):
-        raise RuntimeError("nothing can be timed here")
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-    def get_device_capability(self, device=0):
-        return divmod(self.target.arch, 10) if self.target.backend == "cuda" else (9, 4)
-
-    @property
-    def utils(self):
-        limit = SHARED_LIMIT[self.name]
-
-        class Properties:
-            @staticmethod
-            def get_device_properties(_):
-                return {"max_shared_mem": limit, "multiprocessor_count": 132, "warpSize": 32}
-
-        return Properties
 
 
 @dataclass
@@ -92,10 +41,11 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def compiling(name: str, seen: dict | None = None):
-    """Inside, every launch is compiled for target `name`; yields the list of Compiled, one per distinct kernel.
+def compiling(name: str, seen: dict | None = None, gpu: StandIn | None = None, read: bool = True):
+    """Inside, every launch is compiled for target `name`; yields the list of Compiled, one a launch.
 
-    seen: shared between calls, so that one kernel is compiled and read once.
+    seen: shared between calls, so that one kernel is compiled and read once. gpu: the driver to answer for it, a StandIn unless given.
+    read: whether the binary's figures are read off (that takes longer than compiling some kernels).
     """
     found: list[Compiled] = []
     seen = {} if seen is None else seen
@@ -112,11 +62,11 @@ def compiling(name: str, seen: dict | None = None):
             options |= {
                 key: kwargs[key] for key in ("K", "V", "F", "BT", "BV", "DECAY", "MODE", "EXTRA", "REVERSE", "LINEAR") if key in kwargs
             }
-            seen[name, kernel.hash] = Compiled(function.__name__, name, options, seconds, figures(kernel, TARGETS[name]))
+            seen[name, kernel.hash] = Compiled(function.__name__, name, options, seconds, figures(kernel, TARGETS[name]) if read else {})
         found.append(seen[name, kernel.hash])
         return kernel
 
-    driver.set_active(StandIn(name))
+    driver.set_active(gpu or StandIn(name))
     JITFunction.run = compile_only
     triton.KernelInterface.__getitem__ = lambda kernel, grid: lambda *a, **k: kernel.run(*a, grid=grid, warmup=True, **k)
     try:

@@ -5,7 +5,7 @@ import os
 import budget
 import pytest
 from cases import CASES, NO_MATRIX
-from compiler import SHARED_LIMIT
+from stand_in import SHARED_LIMIT
 
 BUDGET = budget.load()
 QUICK = [("sm_80", "additive-scalar-64"), ("sm_90", "banded-64"), ("gfx942", "steps-64")]

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from subquad.kernels.triton.launch import SEGMENT_TOKENS, Packing, Tiles, pad, precision_of, roomy
+from subquad.kernels.triton.launch import SEGMENT_TOKENS, Packing, Tiles, cuda_arch, pad, precision_of, roomy
 from subquad.kernels.triton.scan import decay_gradient_kernel, scan_kernel
 
 NONE, SCALAR, KEYS, VALUES = 0, 1, 2, 3
@@ -32,6 +32,11 @@ def key_decay_columns(K: int, roomy: bool) -> int:
     return max(16, (4096 if roomy else 8192) // pad(K))
 
 
+def launch_options(tiles: Tiles, mode: int) -> dict[str, int]:
+    """On compute capability 10 triton 3.9 cannot pipeline a loop that stores the sums a matrix unit is adding to (its own check of the loop fails)."""
+    return tiles.options | ({"num_stages": 1} if mode == 1 and 100 <= cuda_arch() < 120 else {})
+
+
 def scan(
     q, k, v, *, heads, out, packing: Packing, log_decay=None, decay=NONE, extra=None, extra_side=0, reverse=False, scale=1.0,
     initial=None, initial_strides=None, final=None, shift_q=0, shift_k=0, skip_q=0, skip_k=0, precision=None, states=None,
@@ -50,15 +55,16 @@ def scan(
         stride_head=strides[0], stride_k=strides[1], stride_v=strides[2], zero=0, H=heads, RQ=heads // q.shape[2], RK=heads // k.shape[2],
         RG=1 if log_decay is None else heads // log_decay.shape[2], RS=heads // h0_heads, K=K, V=V, BT=tiles.BT, BK=pad(K), BV=tiles.BV, SEG=seg,
         LEVELS=tiles.BT.bit_length() - 1, DECAY=decay, EXTRA=extra_side, REVERSE=reverse, VARLEN=packing.cu is not None,
-        PRECISION=precision_of(precision), **tiles.options,
+        PRECISION=precision_of(precision),
     )  # fmt: skip
     g, x, cu = (q if given is None else given for given in (log_decay, extra, packing.cu))
     ht = q if final is None else final
 
     def launch(mode: int, segments: int, hs: Tensor) -> None:
         scan_kernel[(blocks, segments, packing.N * heads)](
-            q, k, v, g, x, out, h0, ht, hs, cu, MODE=mode, USE_H0=initial is not None, STORE_HT=final is not None and mode < 2, **common
-        )
+            q, k, v, g, x, out, h0, ht, hs, cu, MODE=mode, USE_H0=initial is not None, STORE_HT=final is not None and mode < 2, **common,
+            **launch_options(tiles, mode),
+        )  # fmt: skip
 
     if states is not None:
         return launch(1, 1, states)
