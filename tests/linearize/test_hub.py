@@ -46,6 +46,18 @@ def copy(saved, tmp_path):
     return Path(shutil.copytree(saved[1], tmp_path / "copy"))
 
 
+def test_the_cache_may_grow_after_training(tmp_path):
+    """No parameter depends on the size of the sparse cache: what the config says when the folder is opened counts."""
+    more = dict(mixer="gla", window=6, sinks=2)
+    student = student_of(tiny_model(), options={"cache": 3}, **more)
+    hub.save(student, tmp_path / "student", tiny_tokenizer(), provenance={})
+    config = AutoConfig.from_pretrained(tmp_path / "student")
+    config.plan["options"]["cache"] = 9
+    larger = AutoModelForCausalLM.from_pretrained(tmp_path / "student", config=config)
+    assert_near(full(larger, IDS), full(student_of(tiny_model(), options={"cache": 9}, **more), IDS), SAME_NUMBERS)
+    assert not torch.allclose(full(larger, IDS), full(student, IDS), atol=1e-3)
+
+
 # --- both ways in, in a new process ------------------------------------------------------------------------------------------------
 
 

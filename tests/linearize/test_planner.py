@@ -111,6 +111,9 @@ PROBLEMS = {
         dict(mixer="gla", options={"feature_map": "log_normal", "decay": "none", "normaliser": "none"}),
         ["log_normal is kept in range by the sum it is divided by: normaliser none does not divide."],
     ),
+    "a cache with slots": (dict(mixer="gsa", options={"cache": 8}), ["cache 8 does not go with slots"]),
+    "a cache without a window": (dict(mixer="linear", options={"cache": 8, "combine": "alone"}), ["options.cache keeps pairs"]),
+    "a cache of less than nothing": (dict(mixer="gla", options={"cache": -1}), ["options.cache: got -1, allowed: 0 or more"]),
     "phases with decays by channel": (dict(mixer="mamba", options={"position": "phase"}), ["write selective goes with normaliser none"]),
     "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert in 'llama': kept exact."]),
     "several": (
