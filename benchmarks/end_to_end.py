@@ -10,7 +10,6 @@ of the student's prefill from 8,192 to 16,384 tokens. Contenders take turns; the
 
 import argparse
 import copy
-import resource
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from transformers import DynamicCache
 
 import subquad
 from subquad.distill.objectives import transfer_objective
-from subquad.evals.speed import decode
+from subquad.evals.speed import PeakMemory, decode
 from subquad.linearize.modes import transfer
 from subquad.linearize.params import mixer_parameters
 from subquad.linearize.state import cache_bytes
@@ -89,7 +88,7 @@ def prefill_row(teacher, student, T: int, part: int, rounds: int, clock) -> str:
 
 
 def peak_megabytes(arguments: list[str]) -> float:
-    """Peak memory of a process that does one prefill."""
+    """What one prefill takes above the loaded models, in a process of its own (Linux)."""
     return float(subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -104,7 +103,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=16384)
     parser.add_argument("--part", type=int, default=1024, help="tokens a call of the prefill in parts; the memory is that of this form")
     parser.add_argument("--decode", type=int, default=32768)
-    parser.add_argument("--only-prefill", type=int, help="prefill by the student, print peak megabytes, stop")
+    parser.add_argument("--only-prefill", type=int, help="prefill by the student, print the megabytes it took, stop")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     clock = time.process_time if asked.threads == 1 else time.perf_counter
@@ -112,9 +111,10 @@ def main() -> None:
     teacher.eval().requires_grad_(False)
     student = converted(teacher, asked.mixer, asked.window)
     if asked.only_prefill is not None:
-        if asked.only_prefill:
-            prefill(student, asked.only_prefill, asked.part)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        prefill(student, 8, 8)
+        peak = PeakMemory(torch.device("cpu"))
+        prefill(student, asked.only_prefill, asked.part)
+        print((peak.bytes() or 0) / 1e6)
         return
     print(f"{asked.model}, {asked.mixer}, window {asked.window}, {asked.threads} thread(s), fp32\n")
     print("| what | teacher tokens/s | student tokens/s | ratio |\n|---|---|---|---|", flush=True)
@@ -131,10 +131,11 @@ def main() -> None:
             f"| decode, {asked.decode} tokens in the cache | {rate['t']:.1f} | {rate['s']:.1f} | {rate['s'] / rate['t']:.2f} |", flush=True
         )
     more = ["--mixer", asked.mixer, "--window", str(asked.window), "--threads", str(asked.threads)]
-    idle, half, full = (peak_megabytes([asked.model, *more, "--only-prefill", str(T)]) for T in (0, asked.prefill // 2, asked.prefill))
-    print(
-        f"\npeak memory above the loaded models: {half - idle:.0f} MB at {asked.prefill // 2} tokens, {full - idle:.0f} MB at {asked.prefill}"
-    )
+    for part in (asked.prefill, asked.part):
+        sizes = (asked.prefill // 2, asked.prefill)
+        half, full = (peak_megabytes([asked.model, *more, "--part", str(part), "--only-prefill", str(T)]) for T in sizes)
+        way = "in one call" if part == asked.prefill else f"{part} tokens a call"
+        print(f"peak memory above the loaded models, {way}: {half:.0f} MB at {sizes[0]} tokens, {full:.0f} MB at {sizes[1]}", flush=True)
 
 
 if __name__ == "__main__":
