@@ -57,29 +57,54 @@ def banded_blocks(
     score takes the query's less the key's; sink_logit_GR: a learned logit that takes weight but has no value.
     Returns numerator [B, T, G, R, V], denominator [B, T, G, R] and the maximum [B, T, G, R], all fp32. A query that sees nothing gets zeros.
     """
-    T, R = q_BTGRK.shape[1], q_BTGRK.shape[3]
+    T = q_BTGRK.shape[1]
     before = k_BXGK.shape[1] - T
     C = min(T, max(window, BLOCK))
     back = C if C < T else min(before, window - 1)  # slots in front of a block's own
-    q = _query_blocks(q_BTGRK, C).flatten(3, 4)  # [B, G, n, R C, K]
     k, v = _slot_blocks(k_BXGK, T, C, back, sink_k), _slot_blocks(v_BXGV, T, C, back, sink_v)  # [B, G, n, J, K | V]
+    fade = None
+    if fade_BXG is not None:
+        at_query = query_blocks(fade_BXG[:, before:, :, None, None], C)
+        at_key = _slot_blocks(fade_BXG[..., None], T, C, back, None if sink_fade_BNG is None else sink_fade_BNG[..., None])
+        fade = at_query - at_key.transpose(-1, -2).unsqueeze(3)
+    valid_BX = torch.ones(1, before + T, dtype=torch.bool, device=k.device) if valid_BX is None else valid_BX
+    seen = _seen_blocks(valid_BX, T, C, back, window, sink_seen_BTN)
+    logit = None if sink_logit_GR is None else sink_logit_GR.float()[:, None, :, None]
+    return attend_blocks(
+        q_BTGRK, k, v, seen[:, None], scale=scale, weight=weight, window=window, softcap=softcap, bias_BGnRCJ=fade, sink_logit=logit
+    )
+
+
+def attend_blocks(
+    q_BTGRK: Tensor,
+    k_BGnJK: Tensor,
+    v_BGnJV: Tensor,
+    seen_BGnCJ: Tensor,
+    *,
+    scale: float,
+    weight: str = "softmax",
+    window: int = 1,
+    softcap: float | None = None,
+    bias_BGnRCJ: Tensor | None = None,
+    sink_logit: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries in blocks of C, each against the J keys gathered for it where seen (broadcasts). Results as `banded_blocks`."""
+    T, R, C = q_BTGRK.shape[1], q_BTGRK.shape[3], seen_BGnCJ.shape[3]
+    q, k, v = query_blocks(q_BTGRK, C).flatten(3, 4), k_BGnJK, v_BGnJV  # [B, G, n, R C, K]
+    if q.device.type == "cpu":  # bf16 products of this size took 5 times as long as fp32 ones (docs/log.md, 2026-11-27)
+        q, k, v = q.float(), k.float(), v.float()
     scores = (q @ k.transpose(-1, -2)).float().unflatten(3, (R, C)) * scale  # [B, G, n, R, C, J]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if fade_BXG is not None:
-        at_query = _query_blocks(fade_BXG[:, before:, :, None, None], C)
-        at_key = _slot_blocks(fade_BXG[..., None], T, C, back, None if sink_fade_BNG is None else sink_fade_BNG[..., None])
-        scores = scores + (at_query - at_key.transpose(-1, -2).unsqueeze(3))
-    valid_BX = torch.ones(1, before + T, dtype=torch.bool, device=q.device) if valid_BX is None else valid_BX
-    seen = _seen_blocks(valid_BX, T, C, back, window, sink_seen_BTN)
-    logit = None if sink_logit_GR is None else sink_logit_GR.float()[:, None, :, None]
-    weights, denominator, top = band_weights(weight, scores, seen[:, None, :, None], window, logit)
+    if bias_BGnRCJ is not None:
+        scores = scores + bias_BGnRCJ
+    weights, denominator, top = band_weights(weight, scores, seen_BGnCJ.unsqueeze(3), window, sink_logit)
     numerator = (weights.to(v.dtype).flatten(3, 4) @ v).float().unflatten(3, (R, C))
     numerator, denominator, top = (x.movedim((2, 4), (1, 2)).flatten(1, 2)[:, :T] for x in (numerator, denominator, top))
     return numerator, denominator, top
 
 
-def _query_blocks(x_BTGRK: Tensor, C: int) -> Tensor:
+def query_blocks(x_BTGRK: Tensor, C: int) -> Tensor:
     """[B, G, n, R, C, K], zeros after the last token."""
     x = F.pad(x_BTGRK, (0, 0, 0, 0, 0, 0, 0, -x_BTGRK.shape[1] % C))
     return x.unflatten(1, (-1, C)).permute(0, 3, 1, 4, 2, 5)

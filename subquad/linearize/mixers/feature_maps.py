@@ -30,6 +30,7 @@ class FeatureMap:
     exponential: str = ""  # sides (q, k, qk) for which the function gives log features; the cell keeps their maximum out of the exponent
     module: str = ""  # a key of MODULES: a map with parameters of its own
     unit: bool = False  # features are of unit length
+    positions: bool = False  # asks where queries and keys stand
 
 
 def hedgehog_exp(y: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ FEATURE_MAPS = {
     "quadratic": _row(quadratic, "SEEDS E08, p = 2", positive=True, width=_pairs),
     "favor": _module("favor", "SEEDS A01", exponential="qk"),
     "gmm": _module("gmm", "SEEDS A21", exponential="qk"),
-    "cosine": _module("cosine", "SEEDS A02"),
+    "cosine": _module("cosine", "SEEDS A02", positions=True),
     "log_normal": _module("log_normal", "SEEDS A15", exponential="qk"),
     "focused": _module("focused", "SEEDS A08"),
     "taylor": _module("taylor", "SEEDS A05"),

@@ -67,7 +67,7 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
         return [f"mixer {name!r}: {key} {p[key]} does not go with slots, which have gates and a softmax of their own." for key in wrong]
     found = []
     if p["cache"] and (
-        not r.combine.window or p["container"] != "plain" or r.key_weight.rule or r.normaliser.counts or r.position.phases or p["feature_map"] == "cosine"
+        not r.combine.window or p["container"] != "plain" or r.key_weight.rule or r.normaliser.counts or r.position.phases or r.feature_map.positions
     ):
         found.append(
             "options.cache keeps pairs between window and state: it goes with a window, container plain, key_weight none, position keep or drop, "

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.kernels.banded import attend_blocks
 from subquad.kernels.ops import additive
-from subquad.kernels.weights import band_weights
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
 from subquad.linearize.mixers.combine import TINY
+from subquad.linearize.mixers.feature_maps import hedgehog_softmax2
 from subquad.linearize.mixers.key_weights import NOTHING
 from subquad.linearize.mixers.local import Local
 
@@ -73,8 +74,7 @@ def _take(x_BGUK: Tensor, index_BGI: Tensor) -> Tensor:
 @torch.no_grad()
 def recall_error(k_BTGK: Tensor, v_BTGV: Tensor, on_BT: Tensor, sums_BGFV: Tensor) -> tuple[Tensor, Tensor]:
     """([B, T, G] fp32, the sums after the last token): how far the sums of all earlier tokens are from v when asked with k."""
-    on, k = on_BT[..., None, None], SHARP * k_BTGK.float()
-    features = torch.cat([k.softmax(-1), (-k).softmax(-1)], -1).masked_fill(~on, 0.0)
+    features = hedgehog_softmax2(SHARP * k_BTGK.float()).masked_fill(~on_BT[..., None, None], 0.0)
     v = F.pad(v_BTGV.float(), (0, 1), value=1.0)
     sums = sums_BGFV
     if v.shape[1] == 1:
@@ -150,16 +150,7 @@ def attend_cached(call: AttentionCall, k_BGUK: Tensor, v_BGUV: Tensor, until_BGU
     k, v = (_take(x, inside).unflatten(2, (n, -1)) for x in (k_BGUK, v_BGUV))
     until = until_BGU.gather(2, inside).unflatten(2, (n, -1))
     shown = (entered[:, None] <= own[..., None]) & (until.unsqueeze(3) > own[..., None])  # [B, G, n, Q, J]
-    q = F.pad(call.q_BTGRK, (0, 0, 0, 0, 0, 0, 0, n * Q - T)).unflatten(1, (n, Q)).permute(0, 3, 1, 4, 2, 5).flatten(3, 4)  # [B, G, n, R Q, K]
-    if q.device.type == "cpu":  # bf16 products of this size took 5 times as long as fp32 ones
-        q, k, v = q.float(), k.float(), v.float()
-    scores = (q @ k.transpose(-1, -2)).float().unflatten(3, (-1, Q)) * call.scale  # [B, G, n, R, Q, J]
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    weights, denominator, top = band_weights("softmax", scores, shown.unsqueeze(3), 1, None)
-    numerator = (weights.to(v.dtype).flatten(3, 4) @ v).float().unflatten(3, (-1, Q))
-    # [B, G, n, R, Q, *] -> [B, T, G, R, *]
-    return tuple(x.movedim((2, 4), (1, 2)).flatten(1, 2)[:, :T] for x in (numerator, denominator, top))
+    return attend_blocks(call.q_BTGRK, k, v, shown, scale=call.scale, softcap=call.softcap)
 
 
 def merged(local: Local, numerator: Tensor, denominator: Tensor, top: Tensor) -> Local:
