@@ -39,6 +39,10 @@ CASES |= {
     "gated_deltanet cache": ("gated_deltanet", {"cache": 5}),
     "gated_linear cache": ("gated_linear", {"cache": 5}),
     "performer cache": ("performer", {"cache": 5}),
+    "l2vit cache": ("l2vit", {"cache": 5}),
+    "hgrn2 cache": ("hgrn2", {"cache": 5}),
+    "rodimus cache": ("rodimus", {"cache": 5}),
+    "mamba2 cache": ("mamba2", {"cache": 5}),
 }
 every = pytest.mark.parametrize("case", CASES)
 

@@ -113,6 +113,7 @@ PROBLEMS = {
     ),
     "a cache with slots": (dict(mixer="gsa", options={"cache": 8}), ["cache 8 does not go with slots"]),
     "a cache without a window": (dict(mixer="linear", options={"cache": 8, "combine": "alone"}), ["options.cache keeps pairs"]),
+    "a cache and momentum": (dict(mixer="titans", options={"cache": 8}), ["options.cache keeps pairs"]),
     "a cache of less than nothing": (dict(mixer="gla", options={"cache": -1}), ["options.cache: got -1, allowed: 0 or more"]),
     "phases with decays by channel": (dict(mixer="mamba", options={"position": "phase"}), ["write selective goes with normaliser none"]),
     "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert in 'llama': kept exact."]),

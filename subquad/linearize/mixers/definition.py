@@ -8,6 +8,8 @@ where combine is `alone`):
     joint          o_t = (sum_near e^s v + e^mu_t sum_older w v) / (the same without v)
     gated          o_t = (1 - g_t) window + g_t linear_t          added: window + g_t linear_t          alone: linear_t
 
+With a sparse cache of C pairs a head, near(t) has those it holds as well, and older(t) is what it has let go (definition_cache.py).
+
 linear_t is what normalisers.py and outputs.py make of w_t. As long as older(t) is empty, o_t is the window's. Key: as in cell.py; J tokens that are read.
 """
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, Mixer
 from subquad.linearize.mixers.cell import Cell
-from subquad.linearize.mixers.definition_cache import answers, walk, written_any
+from subquad.linearize.mixers.definition_cache import held_and_gone
 from subquad.linearize.mixers.definition_full import full_definition
 from subquad.linearize.mixers.levels import level_of
 from subquad.linearize.mixers.shared_key import SharedKey
@@ -35,14 +37,14 @@ def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
         return window_attention(mixer, call)[0]
     if not isinstance(mixer, Cell):
         return full_definition(mixer, call)
-    if mixer.pieces["cache"]:
-        return cached_definition(mixer, call)
     T, alone = call.q_BTGRK.shape[1], mixer.pieces["combine"] == "alone"
     t, j = torch.arange(T)[:, None], torch.arange(T)[None]
-    older = (j <= t) if alone else (j <= t - mixer.window) & (j >= mixer.sinks)
-    some = older.any(1)[None, :, None, None]
+    seen, older = near(mixer, T), (j <= t) if alone else (j <= t - mixer.window) & (j >= mixer.sinks)
+    if mixer.pieces["cache"]:
+        seen, older = held_and_gone(mixer, call, seen, older)
+    some = (older if older.dim() == 2 else older[:, 0, 0]).any(-1).view(-1, T, 1, 1)  # tokens go in all heads at once
     if not alone:
-        window, weights, extra = window_attention(mixer, call)
+        window, weights, extra = window_attention(mixer, call, seen)
     if mixer.rows.combine.joint:
         if mixer.rows.container.slots:
             similar, total = slot_weights(mixer, call, older)
@@ -52,8 +54,7 @@ def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
         if mixer.pieces["combine"] == "joint":
             similar = similar * mixer.mix(call.hidden_BTD).exp().permute(0, 2, 3, 1)[..., None]
         if mixer.pieces["combine"] == "joint_top":
-            top = top_of(mixer, call, near(mixer, T)).permute(0, 2, 3, 1)[..., None]
-            similar = similar * top.exp() / torch.sigmoid(mixer.factor)[None, :, :, None, None]
+            similar = similar * top_of(call, seen).exp() / torch.sigmoid(mixer.factor)[None, :, :, None, None]
         both = weights + similar
         return _apply(both / (both.sum(-1, keepdim=True) + extra), call.v_BTGV)
     linear = linear_branch(mixer, call, older)
@@ -63,31 +64,12 @@ def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
     return window + share * linear if mixer.pieces["combine"] == "added" else (1 - share) * window + share * linear
 
 
-def cached_definition(mixer: Cell, call: AttentionCall) -> Tensor:
-    """The same with the cached pairs among the near ones, and what the cache let go in the place of what left the window."""
-    seen, written = walk(mixer, call)
-    window, weights, extra = window_attention(mixer, call, seen)
-    y, total = answers(mixer, call, *_features(mixer, call), written)
-    some = torch.tensor(written_any(written)).to(y.dtype)[..., None, None]
-    if mixer.rows.combine.joint:
-        share = mixer.mix(call.hidden_BTD).exp() if mixer.pieces["combine"] == "joint" else top_of(mixer, call, seen).exp() / torch.sigmoid(mixer.factor)
-        numerator = _apply(weights, call.v_BTGV) + (share * some)[..., None] * y
-        divisor = weights.sum(-1).permute(0, 3, 1, 2) + (extra if isinstance(extra, float) else extra.squeeze(-1).permute(0, 3, 1, 2))
-        return numerator / (divisor + share * some * total)[..., None]
-    linear = y if mixer.rows.write.corrects or mixer.pieces["normaliser"] == "none" else y / total.clamp_min(1e-6)[..., None]
-    if mixer.output is not None:
-        linear = mixer.output(linear, call.hidden_BTD)
-    linear = linear if mixer.read_scale is None else linear * mixer.read_scale[..., None]
-    share = (torch.sigmoid(mixer.mix(call.hidden_BTD)) * some)[..., None]
-    return window + share * linear if mixer.pieces["combine"] == "added" else (1 - share) * window + share * linear
-
-
 def linear_branch(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
     if mixer.rows.container.slots:
         weights, total = slot_weights(mixer, call, older)
         linear = _apply(weights / total.clamp_min(1e-30), call.v_BTGV)
     elif mixer.pieces["write"] in ("delta", "momentum", "selective"):
-        linear = _delta(mixer, call)
+        linear = _delta(mixer, call, older)
     else:
         linear = _normalised(mixer, call, weights_of(mixer, call, older), older)
     if mixer.output is not None:
@@ -100,12 +82,10 @@ def near(mixer: Mixer, T: int) -> Tensor:
     return (j <= t) & ((j > t - mixer.window) | (j < mixer.sinks))
 
 
-def top_of(mixer: Mixer, call: AttentionCall, seen: Tensor) -> Tensor:
-    """[B, T, G, R]: the largest near score, as a constant."""
-    top = scores_of(call).masked_fill(~seen, float("-inf")).amax(-1)
-    if call.sink_logit_GR is not None:
-        top = torch.maximum(top, call.sink_logit_GR[None, :, :, None])
-    return top.detach().permute(0, 3, 1, 2)
+def top_of(call: AttentionCall, seen: Tensor) -> Tensor:
+    """[B, G, R, T, 1]: the largest near score, as a constant."""
+    top = scores_of(call).masked_fill(~seen, float("-inf")).amax(-1, keepdim=True).detach()
+    return top if call.sink_logit_GR is None else torch.maximum(top, call.sink_logit_GR[None, :, :, None, None])
 
 
 def scores_of(call: AttentionCall) -> Tensor:
@@ -114,7 +94,7 @@ def scores_of(call: AttentionCall) -> Tensor:
 
 
 def window_attention(mixer: Mixer, call: AttentionCall, seen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | float]:
-    """(output, e^s of near tokens [B, G, R, T, J], what a learned sink adds to their sum). seen: other near tokens than the mixer's own."""
+    """(output, e^s of near tokens [B, G, R, T, J], what a learned sink adds to their sum). seen: near tokens where they are not the mixer's window and sinks."""
     weights = scores_of(call).exp() * (near(mixer, call.q_BTGRK.shape[1]) if seen is None else seen)
     extra = 0.0 if call.sink_logit_GR is None else call.sink_logit_GR.exp()[None, :, :, None, None]
     return _apply(weights / (weights.sum(-1, keepdim=True) + extra), call.v_BTGV), weights, extra
@@ -139,27 +119,30 @@ def _features(mixer: Cell, call: AttentionCall) -> tuple[Tensor, Tensor]:
     return q, k
 
 
-def _fade(mixer: Cell, call: AttentionCall) -> Tensor:
-    """[B, T, J, G, 1 or F]: e^(sum of the log decays between the step at which j is written and t); only pairs of older(t) count."""
+def _first(older: Tensor) -> Tensor:
+    """[B or 1, J, G or 1]: the row at which token j is written, T where it never is."""
+    first = older.shape[-1] - older.sum(-2)
+    return first[None, :, None] if older.dim() == 2 else first[:, :, 0].transpose(1, 2)
+
+
+def _fade(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
+    """[B, T, J, G, 1 or F]: e^(sum of the log decays between the row at which j is written and t); only pairs of older(t) count."""
     T = call.q_BTGRK.shape[1]
     if mixer.decay is None:
         return torch.ones(1, T, T, 1, 1)
-    lag = 0 if mixer.pieces["combine"] == "alone" else mixer.window
     a = mixer.decay(call.k_BTGK if mixer.rows.decay.reads == "key" else call.hidden_BTD)
     a = a if mixer.rows.decay.vector else a[..., None]
-    if mixer.rows.decay.clock == "own" and lag:  # the gate of the token that is written: sinks never are
-        a = a.clone()
-        a[:, : mixer.sinks] = 0
-        a = torch.cat([torch.zeros_like(a[:, :1]).expand(-1, min(lag, T), -1, -1), a], 1)[:, :T]
+    first = _first(older)[..., None].expand(a.shape)  # [B, J, G, 1 or F]
+    if mixer.rows.decay.clock == "own":  # the gate of the token that is written, at the row at which it is
+        a = torch.zeros_like(torch.cat([a, a[:, :1]], 1)).scatter(1, first, a)[:, :T]
     total = a.cumsum(1)
-    written = (torch.arange(T) + lag).clamp_max(T - 1)
-    return (total[:, :, None] - total[:, None, written]).clamp_max(0.0).exp()
+    return (total[:, :, None] - total.gather(1, first.clamp_max(T - 1))[:, None]).clamp_max(0.0).exp()
 
 
 def weights_of(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
     """[B, G, R, T, J]: w_tj, 0 outside older(t)."""
     q, k = _features(mixer, call)
-    fade = _fade(mixer, call)
+    fade = _fade(mixer, call, older)
     if mixer.pieces["normaliser"] == "feature":
         return torch.einsum("btgrf,btjgf->bgrtj", q, _shares(k, older))
     if mixer.rows.position.phases:
@@ -203,7 +186,7 @@ def _shares(k: Tensor, older: Tensor) -> Tensor:
 def _normalised(mixer: Cell, call: AttentionCall, w: Tensor, older: Tensor) -> Tensor:
     """The published weights, pair by pair, times v."""
     name, total = mixer.pieces["normaliser"], w.sum(-1, keepdim=True)
-    n = older.sum(1).clamp_min(1).to(w.dtype)[:, None]
+    n = older.sum(-1, keepdim=True).clamp_min(1).to(w.dtype)
     floor = 1e-30 if mixer.rows.feature_map.exponential else 1e-6
     if name == "sum":
         w = w / total.clamp_min(floor)
@@ -245,27 +228,26 @@ def _flow(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return weight, outgoing.transpose(1, 2)
 
 
-def _delta(mixer: Cell, call: AttentionCall) -> Tensor:
+def _delta(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
     q, k = _features(mixer, call)
     lag, first = (0, 0) if mixer.pieces["combine"] == "alone" else (mixer.window, mixer.sinks)
     if mixer.pieces["write"] == "selective":
         return _selective(mixer, call, q, k, lag, first)
     beta = torch.sigmoid(mixer.beta(call.hidden_BTD)).squeeze(-1)
     a = torch.zeros_like(beta) if mixer.decay is None else mixer.decay(call.hidden_BTD)
-    B, T, G, R, feat = q.shape
-    state = q.new_zeros(B, G, feat, call.v_BTGV.shape[-1])
     if mixer.pieces["write"] == "momentum":
         return _momentum(mixer, call, q, k, beta, a, lag, first)
-    out = []
+    T, v, out = q.shape[1], call.v_BTGV, []
+    new = older & ~torch.cat([torch.zeros_like(older[..., :1, :]), older[..., :-1, :]], -2)  # [.., T, J]: written at t, one token at most
+    new = new.to(q.dtype).expand(k.shape[0], k.shape[2], 1, T, T).squeeze(2)  # [B, G, T, J]
+    state = q.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])
     for t in range(T):
-        j = t - lag
-        if mixer.rows.decay.clock == "now":
-            state = state * a[:, t, :, None, None].exp()
-        elif j >= first:
-            state = state * a[:, j, :, None, None].exp()
-        if j >= first:
-            wrong = call.v_BTGV[:, j] - torch.einsum("bgf,bgfv->bgv", k[:, j], state)
-            state = state + k[:, j, :, :, None] * (beta[:, j, :, None] * wrong)[:, :, None]
+        at = new[:, :, t]
+        k_t, v_t = (torch.einsum("bgj,bjgf->bgf", at, x) for x in (k, v))
+        fade = a[:, t] if mixer.rows.decay.clock == "now" else torch.einsum("bgj,bjg->bg", at, a)
+        state = state * fade[..., None, None].exp()
+        wrong = v_t - torch.einsum("bgf,bgfv->bgv", k_t, state)
+        state = state + k_t[..., None] * (torch.einsum("bgj,bjg->bg", at, beta)[..., None] * wrong)[:, :, None]
         out.append(torch.einsum("bgrf,bgfv->bgrv", q[:, t], state))
     return torch.stack(out, 1)
 

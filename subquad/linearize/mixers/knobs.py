@@ -66,12 +66,11 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
         wrong += ["position"] if r.position.phases else []
         return [f"mixer {name!r}: {key} {p[key]} does not go with slots, which have gates and a softmax of their own." for key in wrong]
     found = []
-    if p["cache"] and (
-        not r.combine.window or p["container"] != "plain" or r.key_weight.rule or r.normaliser.counts or r.position.phases or r.feature_map.positions
-    ):
+    alone = not r.combine.window or p["container"] != "plain" or r.key_weight.rule or r.position.phases or r.feature_map.positions
+    if p["cache"] and (alone or r.normaliser.counts or r.normaliser.per_feature or r.write.bare or r.write.more):
         found.append(
             "options.cache keeps pairs between window and state: it goes with a window, container plain, key_weight none, position keep or drop, "
-            "a map that does not ask for positions and a normaliser that does not count tokens."
+            "a map that does not ask for positions, a normaliser without sums of its own and a write with one state."
         )
     if p["container"] == "levels" and (
         r.write.corrects or r.normaliser.counts or r.key_weight.rule or r.normaliser.per_feature or exponential
