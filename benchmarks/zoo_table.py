@@ -6,7 +6,8 @@
 
 Presets are trained in groups that share the teacher's pass (side_by_side.py); then each is put into the model, measured and taken out.
 Rows are kept in OUT/rows.jsonl as they come. Train tokens/s: tokens / (CPU seconds of the preset's own forward, backward and update + CPU seconds of the
-teacher's passes, counted in full for each), so that the speed is that of a preset trained alone. Run it with one thread.
+teacher's passes, counted in full for each), so that the speed is that of a preset trained alone; beside it the same relative to the teacher's passes of
+that group alone, which may be compared between machines. Run it with one thread.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from subquad.recipe import load_recipe
 from subquad.settings import validate
 
 CONTEXT = 32768  # tokens at which bytes are counted
-COLUMNS = ("preset", "perplexity", "repeat", "state bytes", "parameters added", "train tokens/s", "attention error")
-TASKS = {"perplexity": {"context": 2048, "windows": 4}, "repeat": {"length": 512, "samples": 2}}
+COLUMNS = ("preset", "perplexity", "repeat", "state bytes", "parameters added", "train tokens/s", "of the teacher's", "attention error")
+TASKS = {"perplexity": {"context": 1024, "windows": 4}, "repeat": {"length": 512, "samples": 2}}
 
 SLOW = ("power2", "fast2", "taylorshift", "mamba", "titans")  # a step takes ten times as long: 2,080 features a head, or token by token
 
@@ -61,7 +62,9 @@ def row_of(runner: Runner, teacher_seconds: float, model, stage: Stage, held_out
     """What is said of a preset after its training; one that failed has a note in the place of its numbers."""
     trained = runner.steps * stage.batch * stage.context
     row = {"preset": runner.name, "state bytes": runner.plan.student_bytes(CONTEXT), "parameters added": runner.plan.parameters_added()}
-    row |= {"train tokens/s": trained / (runner.seconds + teacher_seconds * runner.steps / stage.steps) if trained else 0.0, "tokens": trained}
+    teacher = teacher_seconds * runner.steps / stage.steps
+    row |= {"train tokens/s": trained / (runner.seconds + teacher) if trained else 0.0, "tokens": trained}
+    row |= {"teacher tokens/s": trained / teacher} if trained else {}
     if runner.failed:
         return row | {"note": runner.failed}
     began = time.process_time()
@@ -79,10 +82,10 @@ def table(rows: list[dict]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in first + rest:
         values = [f"{row['perplexity']:.2f}", f"{row['repeat_perplexity']:.2f}"] if "perplexity" in row else [row["note"], ""]
-        speed = f"{row['train tokens/s']:.0f}" if row["train tokens/s"] else ""
+        speed, share = (f"{row['train tokens/s']:.0f}", f"{row['train tokens/s'] / row['teacher tokens/s']:.2f}") if row["train tokens/s"] else ("", "")
         error = f"{row['attention error']:.3f}" if row.get("attention error") else ""
         sizes = [f"{row['state bytes']:,}", f"{row['parameters added']:,}"]
-        lines.append("| " + " | ".join([row["preset"], *values, *sizes, speed, error]) + " |")
+        lines.append("| " + " | ".join([row["preset"], *values, *sizes, speed, share, error]) + " |")
     return "\n".join(lines)
 
 

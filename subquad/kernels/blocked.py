@@ -10,11 +10,12 @@ from subquad.kernels.additive import additive_chunk
 from subquad.kernels.banded import banded_blocks
 from subquad.kernels.definition import window_linear_step as step_definition
 from subquad.kernels.delta import delta_chunk
+from subquad.kernels.features import mapped
 from subquad.kernels.packing import linear, sequences
 
 
-def additive(q, k, v, log_decay=None, **more):
-    return linear(additive_chunk, q, k, v, [log_decay], **more)
+def additive(q, k, v, log_decay=None, *, feature_map=None, **more):
+    return linear(additive_chunk, *mapped(feature_map, q, k), v, [log_decay], **more)
 
 
 def delta(q, k, v, beta, log_decay=None, **more):
@@ -55,8 +56,9 @@ def _sinks(k, v, fade, sinks, own_k, own_v) -> dict[str, Tensor | None]:
 
 def window_linear(
     q, k, v, fq, fk, mix, log_decay=None, *, window, sinks=0, scale=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, initial_state=None,
-    output_final_state=False, cu_seqlens=None,
+    output_final_state=False, cu_seqlens=None, feature_map=None,
 ):  # fmt: skip
+    fq, fk = mapped(feature_map, fq, fk)
     def one(tensors, state):
         q, k, v, fq, fk, mix, g = tensors
         T, before, own = q.shape[1], k.shape[1] - q.shape[1], 0 if sink_k_BNGK is None else sink_k_BNGK.shape[1]

@@ -9,11 +9,12 @@ from torch import Tensor
 from subquad.kernels.additive import additive_definition
 from subquad.kernels.banded import banded_definition
 from subquad.kernels.delta import delta_definition
+from subquad.kernels.features import mapped
 from subquad.kernels.packing import linear, sequences
 
 
-def additive(q, k, v, log_decay=None, **more):
-    return linear(additive_definition, q, k, v, [log_decay], **more)
+def additive(q, k, v, log_decay=None, *, feature_map=None, **more):
+    return linear(additive_definition, *mapped(feature_map, q, k), v, [log_decay], **more)
 
 
 def delta(q, k, v, beta, log_decay=None, **more):
@@ -65,8 +66,9 @@ def banded(
 
 def window_linear(
     q, k, v, fq, fk, mix, log_decay=None, *, window, sinks=0, scale=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, initial_state=None,
-    output_final_state=False, cu_seqlens=None,
+    output_final_state=False, cu_seqlens=None, feature_map=None,
 ):  # fmt: skip
+    fq, fk = mapped(feature_map, fq, fk)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     G = k.shape[2]
 

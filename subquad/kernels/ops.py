@@ -9,21 +9,32 @@ Query head h belongs to key/value head h // (H / G); keys are never repeated. St
 `cu_seqlens` [N + 1] (int, from 0 to T) packs N sequences into one row (B = 1); states then have N rows. `backend="auto"` takes cpu for
 tensors in main memory where it can, torch otherwise, and logs once per op what it took; a backend asked for by name that cannot run is a UserError that says why.
 
-Key: B batch, T tokens, X = T + slots before the first token, H query heads, G key/value heads, K key size, V value size, F features, N sequences
-or sinks, W window.
+`feature_map` (additive, window_linear): a row of features.FUSED. Queries and keys of the linear sums are then the numbers y [.., Y] that the map is
+applied to, inside the kernel: features are in no tensor, nor are they saved for backward. States and vector decays have F = features of Y.
+
+Key: B batch, T tokens, X = T + slots before the first token, H query heads, G key/value heads, K key size, V value size, F features, Y numbers before
+a feature map (F without one), N sequences or sinks, W window.
 """
 
 import torch
 from torch import Tensor
 
 from subquad.kernels.dispatch import call, quick
+from subquad.kernels.features import FUSED, signs
 from subquad.kernels.shapes import agree, decay, sequences
+from subquad.registry import check_name
 
 
 def _run(op: str, backend: str, given: dict, more: dict, sizes: dict[str, int], **settings):
     """Check that sizes agree, then run: tensors of `given` {name: (tensor or None, letters)} by position, of `more` by name."""
     agree(op, given | more, **sizes)
     return call(op, backend, *(x for x, _ in given.values()), **{name: x for name, (x, _) in more.items()}, **settings)
+
+
+def _features(size: int, feature_map: str | None) -> int:
+    if feature_map is not None:
+        check_name("feature map in a kernel", feature_map, FUSED)
+    return size * signs(feature_map)
 
 
 def additive(
@@ -37,17 +48,19 @@ def additive(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    feature_map: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """S_t = exp(g_t) * S_{t-1} + k_t v_t^T;  o_t = scale S_t^T q_t   (SEEDS 3.1).
+    """S_t = exp(g_t) * S_{t-1} + phi(k_t) v_t^T;  o_t = scale S_t^T phi(q_t)   (SEEDS 3.1); phi = the identity without a feature map.
 
-    log_decay: None, [B, T, G] or [B, T, G, K], natural log, <= 0, any size. initial_state [N, G, K, V] fp32.
-    Returns (o [B, T, H, V] in out_dtype (None: the dtype of v), final state [N, G, K, V] fp32 or None). Differentiable in every tensor.
+    log_decay: None, [B, T, G] or [B, T, G, F], natural log, <= 0, any size. initial_state [N, G, F, V] fp32.
+    Returns (o [B, T, H, V] in out_dtype (None: the dtype of v), final state [N, G, F, V] fp32 or None). Differentiable in every tensor.
     """
-    given = dict(q=(q_BTHK, "BTHK"), k=(k_BTGK, "BTGK"), v=(v_BTGV, "BTGV"), log_decay=decay(log_decay, "BTGK"))
+    sizes = dict(N=sequences(q_BTHK, cu_seqlens), F=_features(q_BTHK.shape[-1], feature_map))
+    given = dict(q=(q_BTHK, "BTHY"), k=(k_BTGK, "BTGY"), v=(v_BTGV, "BTGV"), log_decay=decay(log_decay, "BTGF"))
     return _run(
-        "additive", backend, given, dict(initial_state=(initial_state, "NGKV")), dict(N=sequences(q_BTHK, cu_seqlens)),
-        scale=scale, output_final_state=output_final_state, cu_seqlens=cu_seqlens, out_dtype=out_dtype,
+        "additive", backend, given, dict(initial_state=(initial_state, "NGFV")), sizes, scale=scale, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens, out_dtype=out_dtype, feature_map=feature_map,
     )  # fmt: skip
 
 
@@ -138,6 +151,7 @@ def window_linear(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    feature_map: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Window + sinks + linear attention of everything older, under one normaliser, in one pass (SEEDS A03 G02, 0.2).
@@ -148,20 +162,21 @@ def window_linear(
         o_t = (sum_near exp(s_tj) v_j + exp(mix_t) sum_older d_tj fq_t.fk_j v_j) / (the same sums without v)
 
     both branches relative to a common maximum. A token enters the state at the query at which it leaves the window; sinks never do. fq, fk are
-    features >= 0 (fk for all X slots: window slots of earlier tokens included). log_decay: None, [B, T, G] or [B, T, G, F]. While nothing is
-    older the result is the window's.
+    features >= 0, or what `feature_map` makes features of (fk for all X slots: window slots of earlier tokens included). log_decay: None, [B, T, G] or
+    [B, T, G, F]. While nothing is older the result is the window's.
     Slots, position, sinks: as in `banded`; the first query drops slot x = -window, so a continued call gives at least min(position, window) slots.
     initial_state [N, G, F, V + 1] fp32: column V is the sum of features. Returns (o [B, T, H, V] in the dtype of v, final state or None).
     Differentiable in every tensor.
     """
     given = dict(
-        q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"), fq=(fq_BTHF, "BTHF"), fk=(fk_BXGF, "BXGF"), mix=(mix_BTH, "BTH"),
+        q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"), fq=(fq_BTHF, "BTHY"), fk=(fk_BXGF, "BXGY"), mix=(mix_BTH, "BTH"),
         log_decay=decay(log_decay, "BTGF"),
     )  # fmt: skip
     more = dict(sink_k_BNGK=(sink_k_BNGK, "BSGK"), sink_v_BNGV=(sink_v_BNGV, "BSGV"), initial_state=(initial_state, "NGFW"))
+    sizes = dict(N=sequences(q_BTHK, cu_seqlens), W=v_BXGV.shape[-1] + 1, F=_features(fq_BTHF.shape[-1], feature_map))
     return _run(
-        "window_linear", backend, given, more, dict(N=sequences(q_BTHK, cu_seqlens), W=v_BXGV.shape[-1] + 1),
-        window=window, sinks=sinks, scale=scale, position=position, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        "window_linear", backend, given, more, sizes, window=window, sinks=sinks, scale=scale, position=position,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, feature_map=feature_map,
     )  # fmt: skip
 
 

@@ -52,6 +52,17 @@ def window_linear(D, decay, batch=B, length=T):
     return functions.window_linear(*qkv(D, batch, length), fq, fk, mix, g, window=64, sinks=4, initial_state=state, output_final_state=True)
 
 
+def mapped(D, op, decay):
+    """Hedgehog features of D numbers made inside: 2 D of them."""
+    F, y = 2 * D, [tensor(B, T, H, D) for _ in range(2)]
+    columns = D + (op == "window_linear")
+    state, g = tensor(B, H, F, columns, dtype=torch.float32), gate(decay, F)
+    more = dict(initial_state=state, output_final_state=True, feature_map="hedgehog_softmax")
+    if op == "additive":
+        return functions.additive(*y, tensor(B, T, H, D), g, **more)
+    return functions.window_linear(*qkv(D), *y, tensor(B, T, H), g, window=64, sinks=4, **more)
+
+
 def steps(D):
     q, k, v = (torch.zeros(B, H, D, dtype=torch.bfloat16) for _ in range(3))
     window = torch.zeros(B, 64, H, D, dtype=torch.bfloat16)
@@ -76,7 +87,13 @@ CASES = {
         ("window_linear-scalar", window_linear, ("scalar",)),
         ("window_linear-vector", window_linear, ("vector",)),
         ("window_linear-none-long", window_linear, ("none", 1, 4096)),
+        ("mapped-additive-none", mapped, ("additive", "none")),
+        ("mapped-additive-scalar", mapped, ("additive", "scalar")),
+        ("mapped-additive-vector", mapped, ("additive", "vector")),
+        ("mapped-window_linear-none", mapped, ("window_linear", "none")),
+        ("mapped-window_linear-scalar", mapped, ("window_linear", "scalar")),
+        ("mapped-window_linear-vector", mapped, ("window_linear", "vector")),
         ("steps", steps, ()),
     )
 }
-NO_MATRIX = {"decay_gradient_kernel", "step_kernel", "window_step_kernel"}  # bound by bytes, not by products
+NO_MATRIX = {"decay_gradient_kernel", "norm_kernel", "feature_gradient_kernel", "step_kernel", "window_step_kernel"}  # bound by bytes, not by products

@@ -8,10 +8,11 @@ Key: as in subquad/kernels/ops.py.
 
 import pytest
 import torch
-from kernels.test_ops import D64, compare, decay, linear_case, randn, results, window_case
+from kernels.test_ops import D64, compare, decay, linear_case, mapped_case, randn, results, window_case
 from tolerances import error
 
 from subquad.kernels import ops
+from subquad.kernels.features import FUSED
 from subquad.kernels.triton import launch
 
 #          T   K    V   G  R  decay            packed  state
@@ -89,6 +90,22 @@ def test_window_linear(case):
     compare(ops.window_linear, leaves | more, other | {"output_final_state": True}, "triton")
 
 
+# T, K, V, G, R, decay, packed, state
+SMALL = {
+    "plain, groups": (20, 8, 16, 1, 2, "none", False, False),
+    "scalar, packed": (40, 20, 24, 1, 2, "scalar mixed", True, True),
+    "vector": (33, 16, 16, 1, 1, "vector", False, True),
+}
+MAPS_OF = {"plain, groups": FUSED, "scalar, packed": FUSED, "vector": ("hedgehog_softmax", "softmax")}
+
+
+@pytest.mark.parametrize(("name", "feature_map"), [(name, m) for name, maps in MAPS_OF.items() for m in maps])
+def test_feature_maps_inside(name, feature_map):
+    one, five, other = mapped_case(SMALL[name], feature_map)
+    compare(ops.additive, one, other, "triton")
+    compare(ops.window_linear, five, other | {"window": 9, "sinks": 2}, "triton")
+
+
 @pytest.fixture
 def segmented(monkeypatch):
     """Sequences cut after 32 tokens, however short and many they are: the form for few heads."""
@@ -106,6 +123,20 @@ def test_additive_in_segments(segmented, kind):
 def test_window_linear_in_segments(segmented, kind):
     leaves, other, more = window_case(70, 16, 16, 1, 2, 10, 2, 0, 0, False, True, 16, kind)
     compare(ops.window_linear, leaves | more, other | {"output_final_state": True}, "triton")
+
+
+@pytest.mark.parametrize("feature_map", ("hedgehog_exp", "hedgehog_softmax2"))
+def test_feature_maps_in_segments(segmented, feature_map):
+    one, five, other = mapped_case((70, 16, 16, 1, 2, "scalar", False, True), feature_map)
+    compare(ops.additive, one, other, "triton")
+    compare(ops.window_linear, five, other | {"window": 9, "sinks": 2}, "triton")
+
+
+@pytest.mark.parametrize("feature_map", FUSED)
+def test_features_at_the_limits(feature_map):
+    torch.manual_seed(0)
+    leaves = {"q_BTHK": 200 * randn(1, 20, 2, 16), "k_BTGK": 200 * randn(1, 20, 1, 16), "v_BTGV": randn(1, 20, 1, 8)}
+    compare(ops.additive, leaves, {"feature_map": feature_map, "output_final_state": True}, "triton")
 
 
 # ---- precision: error of the largest result or gradient, relative to the largest number of that result or gradient -----------------------------------

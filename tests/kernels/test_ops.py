@@ -15,6 +15,7 @@ from tolerances import OP, OP_GRADIENT, assert_near
 from subquad.errors import UserError
 from subquad.kernels import dispatch, ops
 from subquad.kernels.cpu import build
+from subquad.kernels.features import FUSED
 
 D64 = torch.float64
 BACKENDS = ["torch", "cpu"]
@@ -167,6 +168,63 @@ def test_banded(case, backend):
 def test_window_linear(case, backend):
     leaves, other, more = window_case(*case)
     compare(ops.window_linear, leaves | more, other | {"output_final_state": True}, backend)
+
+
+# ---- feature maps inside the kernels: y goes in, and the definition maps it first ---------------------------------------------------------------------
+
+MAPPED = {  # T, K, V, G, R, decay, packed, state of additive (K numbers before the map); window_linear takes them with a window of 16 and 4 sinks
+    "one token": (1, 32, 32, 2, 1, "scalar", False, True),
+    "plain, groups": (31, 64, 32, 2, 3, "none", False, False),
+    "vector": (77, 32, 17, 1, 3, "vector", False, True),
+    "packed": (130, 64, 48, 1, 2, "scalar mixed", True, True),
+    "no size of a vector": (130, 17, 5, 2, 1, "none", False, True),
+}
+
+
+def mapped_case(case: tuple, feature_map: str):
+    """(additive's tensors, window_linear's, other arguments of both)"""
+    T, K, V, G, R, kind, packed, state = case
+    leaves, other, _ = linear_case(T, K, V, G, R, kind, packed, False)
+    F, N = K * FUSED[feature_map].signs, 4 if packed else 2
+    q, k, v = leaves["q_BTHK"], leaves["k_BTGK"], leaves["v_BTGV"]
+    gates = {"log_decay": decay(kind, *k.shape[:3], F)}
+    states = [{"initial_state": torch.rand(N, G, F, columns, dtype=D64) if state else None} for columns in (V, V + 1)]
+    one = {"q_BTHK": q, "k_BTGK": k, "v_BTGV": v} | gates | states[0]
+    near = {"q_BTHK": randn(*q.shape[:3], 32), "k_BXGK": randn(*k.shape[:3], 32), "v_BXGV": v}
+    five = near | {"fq_BTHF": q, "fk_BXGF": k, "mix_BTH": randn(*q.shape[:3])} | gates | states[1]
+    return one, five, {"output_final_state": True, "cu_seqlens": other["cu_seqlens"], "feature_map": feature_map}
+
+
+@pytest.mark.parametrize("feature_map", FUSED)
+@pytest.mark.parametrize("name", MAPPED)
+def test_feature_maps_inside(name, feature_map, backend):
+    one, five, other = mapped_case(MAPPED[name], feature_map)
+    compare(ops.additive, one, other, backend)
+    compare(ops.window_linear, five, other | {"window": 16, "sinks": 4}, backend)
+
+
+@pytest.mark.parametrize("feature_map", FUSED)
+def test_features_at_the_limits(feature_map, backend):
+    """Numbers of hundreds: exponents at their clamp, features at their floor, softmaxes of one feature; gradients where they are flat are zeros."""
+    torch.manual_seed(0)
+    leaves = {"q_BTHK": 200 * randn(1, 70, 2, 16), "k_BTGK": 200 * randn(1, 70, 1, 16), "v_BTGV": randn(1, 70, 1, 8)}
+    compare(ops.additive, leaves, {"feature_map": feature_map, "output_final_state": True}, backend)
+
+
+def test_features_are_saved_by_nobody():
+    """Backward holds y, not the twice as many features."""
+    if isinstance(build.library(), str):
+        pytest.skip("no C++ here")
+    saved, q = [], torch.randn(1, 512, 2, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        ops.additive(q, q, q, feature_map="hedgehog_softmax", backend="cpu")
+    assert not any(len(shape) == 4 and shape[:2] == (1, 512) and shape[-1] > 32 for shape in saved)
+
+
+def test_a_map_that_no_kernel_has_is_named():
+    q = torch.randn(1, 4, 1, 8)
+    with pytest.raises(UserError, match="hedgehog_softmax2"):
+        ops.additive(q, q, q, feature_map="hedgehog_softmax3")
 
 
 @pytest.mark.parametrize("weight", ["softmax1", "softpick", "sigmoid", "forget", "entmax"])
@@ -383,6 +441,8 @@ def test_other_instruction_sets(other_isa):
     compare(ops.delta, {**leaves, "log_decay_BTG": g, "beta_BTG": torch.rand(*leaves["k_BTGK"].shape[:3], dtype=D64)}, other, "cpu")
     leaves, other, more = window_case(*WINDOWS[6])
     compare(ops.window_linear, leaves | more, other | {"output_final_state": True}, "cpu")
+    for feature_map in FUSED:
+        compare(ops.additive, *mapped_case(MAPPED["no size of a vector"], feature_map)[::2], "cpu")
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
@@ -394,7 +454,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
 WRONG = {
     "state of other values": (
         lambda x, s: ops.additive(x, x, x, initial_state=s[..., :3]),
-        "initial_state has shape [1, 2, 8, 3], expected [N=1, G=2, K=8, V=8]",
+        "initial_state has shape [1, 2, 8, 3], expected [N=1, G=2, F=8, V=8]",
     ),
     "query heads": (lambda x, s: ops.additive(x[:, :, :1], x, x), "1 query heads are no multiple of 2"),
     "short keys": (lambda x, s: ops.delta(x, x[:, :3], x, x[..., 0]), "k has shape [1, 3, 2, 8], expected [B=1, T=5, G, K=8]"),

@@ -18,6 +18,8 @@ struct WindowArgs {
   int64_t window, sinks, before, position;  // before: slots in front of the first query; sinks from the first tokens when own_sinks is 0
   int64_t own_sinks, need_window;
   double scale;
+  Map map;  // of fq and fk: they have Y numbers a head then, F features
+  int64_t Y;
 };
 constexpr int BQ = 64;
 constexpr float NONE = -INFINITY;

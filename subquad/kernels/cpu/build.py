@@ -23,6 +23,7 @@ import torch
 from subquad.errors import UserError
 from subquad.kernels.cpu.banded_source import SOURCE as BANDED
 from subquad.kernels.cpu.delta_source import SOURCE as DELTA
+from subquad.kernels.cpu.features_source import SOURCE as FEATURES
 from subquad.kernels.cpu.linear_backward_source import SOURCE as LINEAR_BACKWARD
 from subquad.kernels.cpu.linear_source import SOURCE as LINEAR
 from subquad.kernels.cpu.python_source import SOURCE as PYTHON
@@ -32,7 +33,7 @@ from subquad.kernels.cpu.window_linear_source import SOURCE as WINDOW_LINEAR
 
 log = logging.getLogger("subquad.kernels")
 
-SOURCE = TILES + LINEAR + LINEAR_BACKWARD + DELTA + BANDED + WINDOW_LINEAR + STEPS + PYTHON
+SOURCE = TILES + FEATURES + LINEAR + LINEAR_BACKWARD + DELTA + BANDED + WINDOW_LINEAR + STEPS + PYTHON
 # Contraction of a * b + c is the only freedom the compiler gets: the same instructions every run, NaN and infinities as they should be.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast", "-fno-math-errno", "-w")
 ISA_FLAGS = {

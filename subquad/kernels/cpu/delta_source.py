@@ -7,7 +7,7 @@ by blocks of rows; with U in the place of V the rest is the additive recurrence.
 SOURCE = r"""
 struct Delta : Linear {
   float *A, *KK, *KS, *beta;
-  Delta(int K, int V, int mode) : Linear(K, V, mode) {
+  Delta(int K, int V, int mode, const Map& map) : Linear(K, V, mode, map) {
     A = arena.zeros(n * n), KK = arena.zeros(n * n), u = arena.get(n * Vp), KS = arena.get(n * Vp), beta = arena.get(n);
   }
   float decay(int t) const { return mode == PLAIN ? 1.0f : ec[t]; }

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from subquad.kernels.cpu.build import library
 from subquad.kernels.cpu.steps import additive_step, delta_step, quick, window_linear_step  # noqa: F401  (a backend is one module)
-from subquad.kernels.cpu.structs import TYPES, LinearArgs, WindowArgs, fill, pointer, rows, run
+from subquad.kernels.cpu.structs import TYPES, LinearArgs, Map, WindowArgs, fill, pointer, rows, run
+from subquad.kernels.features import signs
 
 
 def why_not(op: str, args: tuple, kwargs: dict) -> str | None:
@@ -74,12 +75,13 @@ class _LinearFunction(Function):
     """Op 1, or op 2 where beta is given."""
 
     @staticmethod
-    def forward(ctx, q, k, v, beta, g, h0, seq, scale, final, dtype, wanted):
-        o = _empty(q, *q.shape[:3], v.shape[3], dtype=dtype)
-        hT = torch.empty(seq.shape[0], k.shape[2], k.shape[3], v.shape[3]) if final else None
-        kept = _kept(seq, wanted, *k.shape[2:], v.shape[3])
+    def forward(ctx, q, k, v, beta, g, h0, seq, scale, final, dtype, feature_map, wanted):
+        G, K, V = k.shape[2], k.shape[3] * signs(feature_map), v.shape[3]
+        o = _empty(q, *q.shape[:3], V, dtype=dtype)
+        hT = torch.empty(seq.shape[0], G, K, V) if final else None
+        kept = _kept(seq, wanted, G, K, V)
         ctx.save_for_backward(q, k, v, beta, g, h0, kept)
-        ctx.seq, ctx.scale = seq, scale
+        ctx.seq, ctx.scale, ctx.feature_map = seq, scale, feature_map
         _LinearFunction.run("", ctx, q, k, v, beta, g, h0, kept, o=o, hT=pointer(hT))
         return o.to(dtype), hT
 
@@ -91,13 +93,14 @@ class _LinearFunction(Function):
         dbeta, dg, dh0 = (None if x is None else torch.empty(x.shape) for x in (beta, g, h0))
         do, dhT = rows(do), _fp32(dhT)
         _LinearFunction.run("_backward", ctx, *given, o=do, dq=dq, dk=dk, dv=dv, dbeta=dbeta, dg=dg, dh0=pointer(dh0), dhT=pointer(dhT))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dg, dh0, None, None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta, dg, dh0, *(None,) * 6
 
     @staticmethod
     def run(direction, ctx, q, k, v, beta, g, h0, kept, **more):
         a = LinearArgs()
         fill(a, q=q, k=k, v=v, beta=beta, g=g, h0=pointer(h0), kept=pointer(kept), seq=ctx.seq.data_ptr(), N=ctx.seq.shape[0], mode=_mode(g),
-             scale=ctx.scale, **_sizes(q, k, v), **more)  # fmt: skip
+             scale=ctx.scale, map=Map.of(ctx.feature_map), Y=k.shape[3],
+             **_sizes(q, k, v) | dict(K=k.shape[3] * signs(ctx.feature_map)), **more)  # fmt: skip
         run(f"subquad_{'additive' if beta is None else 'delta'}{direction}", a)
 
 
@@ -105,10 +108,12 @@ def additive(q, k, v, log_decay=None, **more):
     return delta(q, k, v, None, log_decay, **more)
 
 
-def delta(q, k, v, beta, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None):
+def delta(
+    q, k, v, beta, log_decay=None, *, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, out_dtype=None, feature_map=None
+):
     seq = _sequences(q.shape[0], q.shape[1], cu_seqlens)
     given = rows(q), rows(k), rows(v), _fp32(beta), _fp32(log_decay), _fp32(initial_state)
-    return _LinearFunction.apply(*given, seq, float(scale), output_final_state, out_dtype or v.dtype, _wanted(*given))
+    return _LinearFunction.apply(*given, seq, float(scale), output_final_state, out_dtype or v.dtype, feature_map, _wanted(*given))
 
 
 class _Setting:
@@ -160,17 +165,17 @@ def banded(
 
 class _WindowLinearFunction(Function):
     @staticmethod
-    def forward(ctx, q, k, v, fq, fk, mix, g, sk, sv, h0, setting, final, wanted):
+    def forward(ctx, q, k, v, fq, fk, mix, g, sk, sv, h0, setting, final, feature_map, wanted):
         B, T, H, _ = q.shape
-        V, G, F = v.shape[3], k.shape[2], fk.shape[3]
+        V, G, F = v.shape[3], k.shape[2], fk.shape[3] * signs(feature_map)
         o = _empty(v, B, T, H, V)
         mass = torch.empty(B, T, H)
         hT = torch.empty(setting.numbers["N"], G, F, V + 1) if final else None
         kept = _kept(setting.seq, wanted, G, F, V + 1)
         setting.run("subquad_window_linear", q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, h0=pointer(h0), hT=pointer(hT),
-                    kept=pointer(kept), F=F, mode=_mode(g))  # fmt: skip
+                    kept=pointer(kept), F=F, Y=fk.shape[3], map=Map.of(feature_map), mode=_mode(g))  # fmt: skip
         ctx.save_for_backward(q, k, v, fq, fk, mix, g, sk, sv, h0, o, mass, kept)
-        ctx.setting = setting
+        ctx.setting, ctx.feature_map = setting, feature_map
         return o.to(v.dtype), hT
 
     @staticmethod
@@ -187,18 +192,18 @@ class _WindowLinearFunction(Function):
         dg = None if g is None else torch.empty(g.shape)
         dh0 = None if h0 is None else torch.empty_like(h0)
         ctx.setting.run("subquad_window_linear_backward", q, k, v, sk, sv, o=o, top=mass, fq=fq, fk=fk, mix=mix, g=g, kept=pointer(kept),
-                        dhT=pointer(dhT), dh0=pointer(dh0), dout=do, dfq=dfq, dfk=dfk, dmix=dmix, dg=dg, F=fk.shape[3], mode=_mode(g),
-                        need_window=int(inner), **window)  # fmt: skip
+                        dhT=pointer(dhT), dh0=pointer(dh0), dout=do, dfq=dfq, dfk=dfk, dmix=dmix, dg=dg, F=fk.shape[3] * signs(ctx.feature_map),
+                        Y=fk.shape[3], map=Map.of(ctx.feature_map), mode=_mode(g), need_window=int(inner), **window)  # fmt: skip
         give = lambda name, x: window[name].to(x.dtype) if name in window else None  # noqa: E731
         return (give("dq", q), give("dk", k), give("dv", v), dfq.to(fq.dtype), dfk.to(fk.dtype), dmix, dg, give("dsk", sk), give("dsv", sv), dh0,
-                None, None, None)  # fmt: skip
+                None, None, None, None)  # fmt: skip
 
 
 def window_linear(
     q, k, v, fq, fk, mix, log_decay=None, *, window, sinks=0, scale=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, initial_state=None,
-    output_final_state=False, cu_seqlens=None,
+    output_final_state=False, cu_seqlens=None, feature_map=None,
 ):  # fmt: skip
     setting = _Setting(q, k, sink_k_BNGK, window=window, sinks=sinks, scale=scale, position=position, cu_seqlens=cu_seqlens)
     given = (rows(q), rows(k), rows(v), rows(fq), rows(fk), _fp32(mix), _fp32(log_decay), rows(sink_k_BNGK), rows(sink_v_BNGV),
              _fp32(initial_state))  # fmt: skip
-    return _WindowLinearFunction.apply(*given, setting, output_final_state, _wanted(*given))
+    return _WindowLinearFunction.apply(*given, setting, output_final_state, feature_map, _wanted(*given))

@@ -134,7 +134,7 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
   }
   void finish() {}  // after all heads
   void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi, bool past) {
-    store_tile(a.dk, b, t, h, l.n, a.K, lo, hi, dk, 1.0f, past);
+    l.phi.store(a.dk, b, t, h, l.n, lo, hi, l.kk, l.Kp, dk, past);
     store_tile(a.dv, b, t, h, l.n, a.V, lo, hi, dv, 1.0f, past);
     store_decay(a.dg, b, t, h, lo, hi);
   }
@@ -158,16 +158,16 @@ struct HeadGradients {
 static Ahead rows_before(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t h0, int64_t h1, int rows, int64_t lo, int64_t hi,
                          bool past) {
   Ahead ahead;
-  if (!past) ahead.want(a.dq, b, t, h * a.R + r, rows, a.K, hi, true);
+  if (!past) ahead.want(a.dq, b, t, h * a.R + r, rows, a.Y, hi, true);
   if (r + 1 == a.R) {
-    if (!past) ahead.want(a.dk, b, t, h, rows, a.K, hi, true), ahead.want(a.dv, b, t, h, rows, a.V, hi, true);
+    if (!past) ahead.want(a.dk, b, t, h, rows, a.Y, hi, true), ahead.want(a.dv, b, t, h, rows, a.V, hi, true);
     if (++h == h1) h = h0, t -= rows;
     if (t < lo) return ahead;
     r = -1;
-    ahead.want(a.k, b, t, h, rows, a.K, hi);
+    ahead.want(a.k, b, t, h, rows, a.Y, hi);
     ahead.want(a.v, b, t, h, rows, a.V, hi);
   }
-  ahead.want(a.q, b, t, h * a.R + r + 1, rows, a.K, hi);
+  ahead.want(a.q, b, t, h * a.R + r + 1, rows, a.Y, hi);
   ahead.want(a.o, b, t, h * a.R + r + 1, rows, a.V, hi);
   return ahead;
 }
@@ -198,13 +198,13 @@ template <class Cell, class Backward>
 static void backward(const LinearArgs& a) {
   parallel_heads(a.N, a.G, a.threads, [&](int64_t s, int64_t h0, int64_t h1) {
     int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V, block = blocks_before(a.seq, s);
-    Cell l(a.K, a.V, a.mode);
+    Cell l(a.K, a.V, a.mode, a.map);
     Backward w(l);
     HeadGradients<Backward> gradients(w, h0, h1);
     BlockStates states(l);
     l.empty = false;
     float *q = arena.get(l.n * l.Kp), *d = arena.get(l.n * l.Vp);
-    bool past = past_caches(a.dq, a.seq, a.N, a.G * (a.R * a.K + a.K + a.V));
+    bool past = past_caches(a.dq, a.seq, a.N, a.G * (a.R * a.Y + a.Y + a.V));
     auto kept = [&](int64_t i, int64_t h) { return a.kept + ((block + i) * a.G + h) * l.kept_size(); };
     for (int64_t h = h0; a.dhT && h < h1; h++) gradients.take(h), load_state(a.dhT + (s * a.G + h) * KV, a.K, a.V, a.V, w.dS);
     for (int64_t i = (hi - lo + BLOCK - 1) / BLOCK - 1; i >= 0; i--)
@@ -218,12 +218,12 @@ static void backward(const LinearArgs& a) {
           l.load(a, b, t, h, lo, hi);
           w.begin();
           for (int64_t r = 0; r < a.R; r++) {
-            load_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, q);
+            l.phi.load(a.q, b, t, h * a.R + r, l.n, lo, hi, q);
             load_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, d, a.scale);
             Ahead ahead = rows_before(a, b, t, h, r, h0, h1, l.n, lo, hi, past);
             if (r + 1 == a.R && c == 0 && (h + 1 < h1 || i > 0)) ahead.want(h + 1 < h1 ? kept(i, h + 1) : kept(i - 1, h0), l.kept_size());
             w.head(q, l.Kp, d, nullptr, &ahead);
-            store_tile(a.dq, b, t, h * a.R + r, l.n, a.K, lo, hi, w.dq, 1.0f, past);
+            l.phi.store(a.dq, b, t, h * a.R + r, l.n, lo, hi, q, l.Kp, w.dq, past);
           }
           w.finish();
           w.store(a, b, t, h, lo, hi, past);

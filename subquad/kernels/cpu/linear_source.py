@@ -15,6 +15,8 @@ struct LinearArgs {  // ops 1 and 2
   const int64_t* seq;  // [N, 3]: row, first token, end
   int64_t N, G, R, K, V, mode, threads;
   double scale;
+  Map map;  // of q and k: they have Y numbers a head then, K features
+  int64_t Y;
 };
 // Are the gradients of a call larger than the caches? numbers: per token of all heads. (bf16 rows are not streamed.)
 static bool past_caches(const Tensor& gradient, const int64_t* seq, int64_t N, int64_t numbers) {
@@ -28,8 +30,10 @@ struct Linear {  // one (sequence, key/value head)
   bool sums;                  // also sums of features (the denominator): z
   float *S, *z, *kT, *kk, *kw, *vv, *u, *D, *ec, *wr, *fade, *e, *P, *qs;  // u: values as they are written
   bool empty = true;  // S and z are zeros
+  Features phi;
 
-  Linear(int K, int V, int mode, bool sums = false) : K(K), V(V), Kp(up(K)), Vp(up(V)), mode(mode), n(mode == VECTOR ? 16 : 64), sums(sums) {
+  Linear(int K, int V, int mode, const Map& map, bool sums = false)
+      : K(K), V(V), Kp(up(K)), Vp(up(V)), mode(mode), n(mode == VECTOR ? 16 : 64), sums(sums), phi(map, K) {
     S = arena.zeros(Kp * Vp), z = arena.zeros(Kp);
     kT = arena.get(Kp * n), kk = arena.get(Kp * n), kw = arena.get(Kp * n), u = vv = arena.get(n * Vp);
     D = arena.zeros(n * n), P = arena.zeros(n * n), qs = arena.get(n * Kp);
@@ -65,7 +69,7 @@ struct Linear {  // one (sequence, key/value head)
   }
   // Keys and values that are written during this chunk: rows `from`.. (they may be other tokens than the queries').
   void keys(const Tensor& k, const Tensor& v, int64_t b, int64_t from, int64_t h, int64_t lo, int64_t hi) {
-    load_tile(k, b, from, h, n, K, lo, hi, kk);
+    phi.load(k, b, from, h, n, lo, hi, kk);
     load_tile(v, b, from, h, n, V, lo, hi, vv);
     if (mode != VECTOR) transpose(n, Kp, kk, Kp, kT, n);
   }
@@ -186,13 +190,13 @@ static Ahead rows_after(const LinearArgs& a, int64_t b, int64_t t, int64_t h, in
   Ahead ahead;
   ahead.want(a.o, b, t, h * a.R + r, rows, a.V, hi, true);
   if (r + 1 < a.R) {
-    ahead.want(a.q, b, t, h * a.R + r + 1, rows, a.K, hi);
+    ahead.want(a.q, b, t, h * a.R + r + 1, rows, a.Y, hi);
     return ahead;
   }
   if (++h == h1) h = h0, t += rows;
-  ahead.want(a.k, b, t, h, rows, a.K, hi);
+  ahead.want(a.k, b, t, h, rows, a.Y, hi);
   ahead.want(a.v, b, t, h, rows, a.V, hi);
-  ahead.want(a.q, b, t, h * a.R, rows, a.K, hi);
+  ahead.want(a.q, b, t, h * a.R, rows, a.Y, hi);
   return ahead;
 }
 
@@ -200,7 +204,7 @@ template <class Cell>
 static void forward(const LinearArgs& a) {
   parallel_heads(a.N, a.G, a.threads, [&](int64_t s, int64_t h0, int64_t h1) {
     int64_t b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2], KV = a.K * a.V;
-    Cell l(a.K, a.V, a.mode);
+    Cell l(a.K, a.V, a.mode, a.map);
     Heads heads(l, h0, h1);
     int64_t block = blocks_before(a.seq, s);
     float *q = arena.get(l.n * l.Kp), *out = arena.get(l.n * l.Vp);
@@ -216,7 +220,7 @@ static void forward(const LinearArgs& a) {
         l.load(a, b, t, h, lo, hi);
         Ahead ahead;
         for (int64_t r = 0; r < a.R; r++) {
-          load_tile(a.q, b, t, h * a.R + r, l.n, a.K, lo, hi, q);
+          l.phi.load(a.q, b, t, h * a.R + r, l.n, lo, hi, q);
           ahead = rows_after(a, b, t, h, r, h0, h1, l.n, hi);
           l.read(q, l.Kp, out, nullptr, &ahead);
           store_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, out, a.scale);

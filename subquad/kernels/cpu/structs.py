@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.cpu.build import library
+from subquad.kernels.features import FUSED
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -22,12 +23,25 @@ def _struct(name: str, *fields: tuple[str, type]):
     return type(name, (ctypes.Structure,), {"_fields_": [(f, kind) for names, kind in fields for f in names.split()]})
 
 
+class Map(ctypes.Structure):
+    """A feature map; all zeros: none."""
+
+    _fields_ = [("signs", c_int64), ("norm", c_int64), ("gain", c_double), ("limit", c_double), ("floor", c_double)]
+
+    @classmethod
+    def of(cls, name: str | None) -> "Map":
+        row = None if name is None else FUSED[name]
+        return cls() if row is None else cls(row.signs, row.norm, row.gain, row.limit, row.floor)
+
+
 LinearArgs = _struct(
     "LinearArgs",
     ("q k v g beta o dq dk dv dg dbeta", _Tensor),
     ("h0 dhT hT dh0 kept seq", c_void_p),
     ("N G R K V mode threads", c_int64),
     ("scale", c_double),
+    ("map", Map),
+    ("Y", c_int64),
 )
 WindowArgs = _struct(
     "WindowArgs",
@@ -35,6 +49,8 @@ WindowArgs = _struct(
     ("h0 dhT hT dh0 kept seq", c_void_p),
     ("N G R K V F mode threads window sinks before position own_sinks need_window", c_int64),
     ("scale", c_double),
+    ("map", Map),
+    ("Y", c_int64),
 )
 StepArgs = _struct(
     "StepArgs", ("q k v beta g sk sv fq mix lk lv", _Tensor), ("S o", c_void_p), ("B G R K V F W N mode", c_int64), ("scale", c_double)

@@ -31,10 +31,10 @@ static Ahead rows_after(const WindowArgs& a, int64_t b, int64_t t, int64_t h, in
     int64_t ks = t + a.before;
     ahead.want(a.k, b, ks, h, BQ, a.K, end);
     ahead.want(a.v, b, ks, h, BQ, a.V, end);
-    ahead.want(a.fk, b, ks - a.window, h, BQ, a.F, end);
+    ahead.want(a.fk, b, ks - a.window, h, BQ, a.Y, end);
   }
   ahead.want(a.q, b, t, head, BQ, a.K, hi);
-  ahead.want(a.fq, b, t, head, BQ, a.F, hi);
+  ahead.want(a.fq, b, t, head, BQ, a.Y, hi);
   return ahead;
 }
 
@@ -47,7 +47,7 @@ struct MixedForward {  // neighbouring heads h0 .. h1 of one sequence, block by 
   float *tile, *buf, *fbuf, *out, *y, *parts, den[BQ], top[BQ], yden[BQ], mix[BQ], mass[BQ];
   MixedForward(const WindowArgs& a, int64_t s, int64_t h0, int64_t h1)
       : a(a), s(s), h0(h0), h1(h1), b(a.seq[3 * s]), lo(a.seq[3 * s + 1]), hi(a.seq[3 * s + 2]), ks(lo + a.before), block(blocks_before(a.seq, s)),
-        size(a.F * (a.V + 1)), l(a.F, a.V, a.mode, true), heads(l, h0, h1) {
+        size(a.F * (a.V + 1)), l(a.F, a.V, a.mode, a.map, true), heads(l, h0, h1) {
     left_bounds(a, ks, lo, hi, from, to);
     for (int64_t h = h0; h < h1; h++) {
       windows.emplace_back(a, b, h, lo, hi);
@@ -81,7 +81,7 @@ struct MixedForward {  // neighbouring heads h0 .. h1 of one sequence, block by 
       if (l.mode != VECTOR) break;  // one chunk: read below, while its products are at hand
       for (int64_t r = 0; r < a.R; r++) {
         float* mine = parts + r * BQ * (w.Vp + 1);
-        const float* fq = borrow_tile(a.fq, b, t + c, h * a.R + r, l.n, a.F, lo, hi, fbuf, ld);
+        const float* fq = l.phi.borrow(a.fq, b, t + c, h * a.R + r, l.n, lo, hi, fbuf, ld);
         l.read(fq, ld, mine + c * w.Vp, mine + BQ * w.Vp + c);
       }
       if (t + c < hi) l.write();
@@ -93,7 +93,7 @@ struct MixedForward {  // neighbouring heads h0 .. h1 of one sequence, block by 
       const float *yr = y, *dr = yden;
       if (some && l.mode == VECTOR) yr = parts + r * BQ * (w.Vp + 1), dr = yr + BQ * w.Vp;
       else if (some) {
-        const float* fq = borrow_tile(a.fq, b, t, head, BQ, a.F, lo, hi, fbuf, ld);
+        const float* fq = l.phi.borrow(a.fq, b, t, head, BQ, lo, hi, fbuf, ld);
         Ahead ahead = rows_after(a, b, t, h, r, h0, h1, hi);
         l.read(fq, ld, y, yden, &ahead);
       }
@@ -160,7 +160,7 @@ struct Older {  // features, gates and the state of one (sequence, key/value hea
   float* fbuf;
   bool past;
   Older(const WindowArgs& a, int64_t task, int64_t b, int64_t lo, int64_t hi, bool past)
-      : a(a), task(task), b(b), h(task % a.G), lo(lo), hi(hi), ks(lo + a.before), l(a.F, a.V, a.mode, true), w(l), states(l), past(past) {
+      : a(a), task(task), b(b), h(task % a.G), lo(lo), hi(hi), ks(lo + a.before), l(a.F, a.V, a.mode, a.map, true), w(l), states(l), past(past) {
     l.empty = false, first = blocks_before(a.seq, task / a.G), fbuf = arena.get(l.n * l.Kp);
     if (a.dhT) load_sums(a.dhT + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
     left_bounds(a, ks, lo, hi, from, to);
@@ -187,14 +187,14 @@ struct Older {  // features, gates and the state of one (sequence, key/value hea
       rows.dd[m] *= c;
       scale_row(rows.d + m * l.Vp, c, l.Vp);
     }
-    const float* fq = borrow_tile(a.fq, b, lo + x, head, l.n, a.F, lo, hi, fbuf, ld);
+    const float* fq = l.phi.borrow(a.fq, b, lo + x, head, l.n, lo, hi, fbuf, ld);
     w.head(fq, ld, rows.d, rows.dd, ahead);
     for (int m = 0; m < l.n; m++) dmix[m] = dot(fq + m * ld, w.dq + m * l.Kp, l.Kp);
-    store_tile(a.dfq, b, lo + x, head, l.n, a.F, lo, hi, w.dq, 1.0f, past);
+    l.phi.store(a.dfq, b, lo + x, head, l.n, lo, hi, fq, ld, w.dq, past);
     store_column(a.dmix, b, lo + x, head, l.n, lo, hi, dmix);
   }
   void finish(int64_t x, WindowBackward* near) {  // what the state asks of values is added to `near` (null: nobody asks)
-    store_tile(a.dfk, b, ks + x - a.window, h, l.n, a.F, from, to, w.dk, 1.0f, past);
+    l.phi.store(a.dfk, b, ks + x - a.window, h, l.n, from, to, l.kk, l.Kp, w.dk, past);
     w.store_decay(a.dg, b, lo + x, h, lo, hi);
     for (int m = 0; near && m < l.n; m++) {
       int64_t slot = x + m - a.window, block = near->w.block_of(slot);
@@ -205,7 +205,7 @@ struct Older {  // features, gates and the state of one (sequence, key/value hea
     int64_t some = from > ks - a.window ? from : ks - a.window, all = ks + hi - lo;
     float* zeros = arena.zeros(l.Kp);
     for (int64_t row = ks - a.before; row < all; row++)
-      if (row < some || row >= to) store_tile(a.dfk, b, row, h, 1, a.F, row, row + 1, zeros);
+      if (row < some || row >= to) store_tile(a.dfk, b, row, h, 1, a.Y, row, row + 1, zeros);
     if (a.dh0) store_sums(a.dh0 + task * a.F * (a.V + 1), a.F, a.V, w.dS, w.dz);
   }
 };
@@ -214,14 +214,14 @@ static Ahead mixed_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, 
   Ahead ahead;
   if (a.need_window) ahead = rows_before(a, b, t, h, r, lo, hi, past);
   int64_t head = h * a.R + r, end = hi + a.before, left = t + a.before - a.window;
-  if (!past) ahead.want(a.dfq, b, t, head, BQ, a.F, hi, true);
+  if (!past) ahead.want(a.dfq, b, t, head, BQ, a.Y, hi, true);
   if (r + 1 == a.R) {
-    if (!past && left >= lo) ahead.want(a.dfk, b, left, h, BQ, a.F, end, true);
+    if (!past && left >= lo) ahead.want(a.dfk, b, left, h, BQ, a.Y, end, true);
     t -= BQ, left -= BQ, head = h * a.R - 1;
     if (t < lo) return ahead;
-    if (left >= lo) ahead.want(a.fk, b, left, h, BQ, a.F, end);
+    if (left >= lo) ahead.want(a.fk, b, left, h, BQ, a.Y, end);
   }
-  ahead.want(a.fq, b, t, head + 1, BQ, a.F, hi);
+  ahead.want(a.fq, b, t, head + 1, BQ, a.Y, hi);
   ahead.want(a.o, b, t, head + 1, BQ, a.V, hi);
   return ahead;
 }
@@ -232,7 +232,7 @@ extern "C" void subquad_window_linear_backward(const WindowArgs* pa) {
     int64_t s = task / a.G, h = task % a.G, b = a.seq[3 * s], lo = a.seq[3 * s + 1], hi = a.seq[3 * s + 2];
     std::optional<Window> window;
     std::optional<WindowBackward> near;
-    bool past = past_caches(a.dfq, a.seq, a.N, a.G * (a.R + 1) * a.F + (a.need_window ? a.G * (a.R * a.K + a.K + a.V) : 0));
+    bool past = past_caches(a.dfq, a.seq, a.N, a.G * (a.R + 1) * a.Y + (a.need_window ? a.G * (a.R * a.K + a.K + a.V) : 0));
     if (a.need_window) window.emplace(a, b, h, lo, hi, true), near.emplace(*window, past);
     WindowBackward* w = near ? &*near : nullptr;
     Older older(a, task, b, lo, hi, past);

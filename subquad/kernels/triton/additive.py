@@ -7,10 +7,18 @@ import torch
 import triton
 from torch import Tensor
 
+from subquad.kernels.features import signs
+from subquad.kernels.triton.features import constants, feature_gradient, row_norms
 from subquad.kernels.triton.launch import SEGMENT_TOKENS, Packing, Tiles, cuda_arch, pad, precision_of, roomy
 from subquad.kernels.triton.scan import decay_gradient_kernel, scan_kernel
 
 NONE, SCALAR, KEYS, VALUES = 0, 1, 2, 3
+OF_KEYS, OF_VALUES = 1, 2  # what a feature map is applied to in a scan: q and k, or v
+
+
+def feature_tile(Y: int, feature_map: str | None) -> int:
+    """Smallest tile of a row's features: each sign is padded for itself."""
+    return pad(Y) * signs(feature_map)
 
 
 def scan_tiles(K: int, V: int, decay: int, wide: bool, extra: bool, roomy: bool) -> Tiles:
@@ -40,29 +48,33 @@ def launch_options(tiles: Tiles, mode: int) -> dict[str, int]:
 def scan(
     q, k, v, *, heads, out, packing: Packing, log_decay=None, decay=NONE, extra=None, extra_side=0, reverse=False, scale=1.0,
     initial=None, initial_strides=None, final=None, shift_q=0, shift_k=0, skip_q=0, skip_k=0, precision=None, states=None,
+    feature_map=None, of=OF_KEYS, norms=None, weight=None,
 ):  # fmt: skip
     """One scan (see scan.py). q, k, v [.., rows, heads or fewer, K | V]; out [.., rows of q, heads, V] is written where rows exist.
 
     initial: (tensor, heads it has); final: a tensor for `heads` heads; initial_strides: (head, k, v) of both. states: only leave the states there.
+    feature_map: of q and k or of v (`of`), with norms of v's rows and, for k's or v's, a weight.
     """
-    K, V = q.shape[-1], v.shape[-1]
-    tiles = scan_tiles(K, V, decay, v.element_size() == 4, extra_side > 0, roomy())
+    phi = 0 if feature_map is None else of
+    K, V = q.shape[-1] * (signs(feature_map) if phi == OF_KEYS else 1), v.shape[-1] * (signs(feature_map) if phi == OF_VALUES else 1)
+    BK = feature_tile(q.shape[-1], feature_map if phi == OF_KEYS else None)
+    tiles = scan_tiles(BK, V, decay, (k if phi == OF_VALUES else v).element_size() == 4, extra_side > 0, roomy())
     seg, blocks = SEGMENT_TOKENS // tiles.BT, triton.cdiv(V, tiles.BV)
     h0, h0_heads = initial if initial is not None else (q, heads)
     strides = initial_strides or (K * V, V, 1)
     common = dict(
         scale=scale, T=packing.T, TQ=q.shape[1], TK=k.shape[1], shift_q=shift_q, shift_k=shift_k, skip_q=skip_q, skip_k=skip_k,
         stride_head=strides[0], stride_k=strides[1], stride_v=strides[2], zero=0, H=heads, RQ=heads // q.shape[2], RK=heads // k.shape[2],
-        RG=1 if log_decay is None else heads // log_decay.shape[2], RS=heads // h0_heads, K=K, V=V, BT=tiles.BT, BK=pad(K), BV=tiles.BV, SEG=seg,
+        RG=1 if log_decay is None else heads // log_decay.shape[2], RS=heads // h0_heads, K=K, V=V, BT=tiles.BT, BK=BK, BV=tiles.BV, SEG=seg,
         LEVELS=tiles.BT.bit_length() - 1, DECAY=decay, EXTRA=extra_side, REVERSE=reverse, VARLEN=packing.cu is not None,
-        PRECISION=precision_of(precision),
+        PRECISION=precision_of(precision), PHI=phi, WEIGHT=weight is not None, **constants(feature_map),
     )  # fmt: skip
-    g, x, cu = (q if given is None else given for given in (log_decay, extra, packing.cu))
+    g, x, cu, n, w = (q if given is None else given for given in (log_decay, extra, packing.cu, norms, weight))
     ht = q if final is None else final
 
     def launch(mode: int, segments: int, hs: Tensor) -> None:
         scan_kernel[(blocks, segments, packing.N * heads)](
-            q, k, v, g, x, out, h0, ht, hs, cu, MODE=mode, USE_H0=initial is not None, STORE_HT=final is not None and mode < 2, **common,
+            q, k, v, g, x, out, h0, ht, hs, cu, n, w, MODE=mode, USE_H0=initial is not None, STORE_HT=final is not None and mode < 2, **common,
             **launch_options(tiles, mode),
         )  # fmt: skip
 
@@ -76,18 +88,21 @@ def scan(
     launch(2, triton.cdiv(packing.T, SEGMENT_TOKENS), hs)
 
 
-def decay_gradient(q, dq, k, dk, carry, log_decay, packing: Packing, started: bool, shift_k: int = 0, skip_k: int = 0) -> Tensor:
+def decay_gradient(
+    q, dq, k, dk, carry, log_decay, packing: Packing, started: bool, shift_k: int = 0, skip_k: int = 0, feature_map=None, norms=(None, None), weight=None
+) -> Tensor:
     """Gradient of the log decay from those of q and k (fp32, dk summed over query heads); carry: final state times its gradient, or None.
 
-    started: there was an initial state.
+    started: there was an initial state. feature_map: dq and dk are those of the features of q and k, with norms of both; weight: of q's.
     """
-    G, R, K = k.shape[2], q.shape[2] // k.shape[2], q.shape[-1]
+    G, R, K = k.shape[2], q.shape[2] // k.shape[2], dq.shape[-1]
     scalar = log_decay.dim() == 3
     BK = pad(K) if scalar else min(pad(K), 64)
     out = torch.empty_like(log_decay, dtype=torch.float32)
     decay_gradient_kernel[(triton.cdiv(K, BK), packing.N * G)](
-        q, dq, k, dk, q if carry is None else carry, out, q if packing.cu is None else packing.cu, packing.T, k.shape[1], shift_k, skip_k,
-        G=G, R=R, K=K, BT=32, BK=BK, SCALAR=scalar, USE_H0=started, USE_CARRY=carry is not None, VARLEN=packing.cu is not None, num_warps=4,
+        q, dq, k, dk, *(q if x is None else x for x in (carry, out, packing.cu, *norms, weight)), packing.T, k.shape[1], shift_k, skip_k,
+        PHI=feature_map is not None, WEIGHT=weight is not None, **constants(feature_map), G=G, R=R, K=K, BT=32, BK=BK,
+        SCALAR=scalar, USE_H0=started, USE_CARRY=carry is not None, VARLEN=packing.cu is not None, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -102,17 +117,17 @@ def kind_of(log_decay: Tensor | None) -> int:
 
 
 class Additive(torch.autograd.Function):
-    """(q, k, v, log_decay, initial_state, scale, output_final_state, cu_seqlens, out_dtype, precision) -> (o, final state)."""
+    """(q, k, v, log_decay, initial_state, scale, output_final_state, cu_seqlens, out_dtype, precision, feature_map) -> (o, final state)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, initial, scale, final_wanted, cu, out_dtype, precision):
+    def forward(ctx, q, k, v, log_decay, initial, scale, final_wanted, cu, out_dtype, precision, feature_map):
         packing = Packing.of(q, cu)
-        B, T, H, K = q.shape
-        G, V = v.shape[2:]
+        B, T, H = q.shape[:3]
+        (G, V), K = v.shape[2:], q.shape[-1] * signs(feature_map)
         out = q.new_empty(B, T, H, V, dtype=out_dtype or v.dtype)
         final = q.new_empty(packing.N, G, K, V, dtype=torch.float32) if final_wanted else None
         start = None if initial is None else (initial, G)
-        options = dict(packing=packing, log_decay=log_decay, decay=kind_of(log_decay), initial=start, precision=precision)
+        options = dict(packing=packing, log_decay=log_decay, decay=kind_of(log_decay), initial=start, precision=precision, feature_map=feature_map)
         if final_wanted and H != G:  # outputs are per query head, the state per key/value head
             states = q.new_empty(packing.slots(SEGMENT_TOKENS), G, K, V, dtype=torch.float32)
             scan(k, k, v, heads=G, out=v, states=states, final=final, **options)
@@ -120,26 +135,27 @@ class Additive(torch.autograd.Function):
         else:
             scan(q, k, v, heads=H, out=out, scale=scale, final=final, **options)
         ctx.save_for_backward(q, k, v, log_decay, initial, final if log_decay is not None else None, cu)
-        ctx.scale, ctx.precision = scale, precision
+        ctx.scale, ctx.precision, ctx.feature_map = scale, precision, feature_map
         return out, final
 
     @staticmethod
     def backward(ctx, dout, dfinal):
         q, k, v, log_decay, initial, final, cu = ctx.saved_tensors
-        packing, kind = Packing.of(q, cu), kind_of(log_decay)
-        (B, T, H, K), (G, V) = q.shape, v.shape[2:]
+        packing, kind, feature_map = Packing.of(q, cu), kind_of(log_decay), ctx.feature_map
+        (B, T, H), (G, V), K = q.shape[:3], v.shape[2:], q.shape[-1] * signs(feature_map)
         dout = (dout * ctx.scale).to(v.dtype).contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        wide = torch.float32 if kind != NONE or H != G else None
+        wide = torch.float32 if kind != NONE or H != G or feature_map is not None else None
         dq, dk = (q.new_empty(B, T, H, K, dtype=wide or x.dtype) for x in (q, k))
         dv = v.new_empty(B, T, H, V, dtype=torch.float32 if H != G else v.dtype)
         dinitial = None if initial is None else q.new_empty(packing.N, H, K, V, dtype=torch.float32)
         across = {NONE: NONE, SCALAR: SCALAR, KEYS: VALUES}[kind]
-        options = dict(heads=H, packing=packing, log_decay=log_decay, precision=ctx.precision)
-        turned = (K * V, 1, V)
+        options = dict(heads=H, packing=packing, log_decay=log_decay, precision=ctx.precision, feature_map=feature_map)
+        turned = dict(decay=across, initial_strides=(K * V, 1, V), of=OF_VALUES)
         start, end = (None if x is None else (x, G) for x in (initial, dfinal))
-        scan(dout, v, k, out=dq, decay=across, initial=start, initial_strides=turned, **options)
-        scan(v, dout, q, out=dk, decay=across, initial=end, initial_strides=turned, reverse=True, **options)
+        norms = row_norms(q, feature_map), row_norms(k, feature_map)
+        scan(dout, v, k, out=dq, initial=start, norms=norms[1], **turned, **options)
+        scan(v, dout, q, out=dk, initial=end, norms=norms[0], reverse=True, **turned, **options)
         scan(k, q, dout, out=dv, decay=kind, initial=end, final=dinitial, reverse=True, **options)
         dinitial = None if dinitial is None else dinitial.unflatten(1, (G, -1)).sum(2)
         dg, dk_sum = None, group_sum(dk, G, wide or k.dtype)
@@ -147,5 +163,7 @@ class Additive(torch.autograd.Function):
             carry = None
             if dfinal is not None:
                 carry = (final * dfinal).sum(-1).sum(-1) if kind == SCALAR else (final * dfinal).sum(-1)
-            dg = decay_gradient(q, dq, k, dk_sum, carry, log_decay, packing, initial is not None)
-        return dq.to(q.dtype), dk_sum.to(k.dtype), group_sum(dv, G, v.dtype), dg, dinitial, None, None, None, None, None
+            dg = decay_gradient(q, dq, k, dk_sum, carry, log_decay, packing, initial is not None, feature_map=feature_map, norms=norms)
+        if feature_map is not None:
+            dq, dk_sum = feature_gradient(q, dq, feature_map)[0], feature_gradient(k, dk_sum, feature_map)[0]
+        return dq.to(q.dtype), dk_sum.to(k.dtype), group_sum(dv, G, v.dtype), dg, dinitial, *(None,) * 6

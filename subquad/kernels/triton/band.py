@@ -19,6 +19,7 @@ Key: T queries, X slots, H query heads, R per key/value head, K key size, V valu
 import triton
 import triton.language as tl
 
+from subquad.kernels.triton.features import feature_index, features
 from subquad.kernels.triton.pieces import (
     LN2,
     LOG2E,
@@ -76,8 +77,11 @@ def band_forward_kernel(
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, SEG: tl.constexpr, LEVELS: tl.constexpr,
     KEEP: tl.constexpr, LINEAR: tl.constexpr, DECAY: tl.constexpr, LOGIT: tl.constexpr, SEGMENTED: tl.constexpr, VARLEN: tl.constexpr,
     USE_H0: tl.constexpr, STORE_HT: tl.constexpr, PRECISION: tl.constexpr,
+    PHI: tl.constexpr, SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (V / BV, programs per sequence, N H), SEG chunks a program. LINEAR: o normalised, top = log of the mass; else o the numerator.
+
+    PHI: fq and fk have F / SIGNS numbers a row, features are made of them here (features.py).
 
     h0 [N, G, F, V + 1] or, SEGMENTED, hs [slots, G, V + 1, F] as scan_kernel leaves it with v and fk exchanged; ht per group, written by the last program.
     """
@@ -90,6 +94,12 @@ def band_forward_kernel(
         return
     oi, ok, ov, of, on = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BF), tl.arange(0, BN)
     mk, mv, mf = ok < K, ov < V, of < F
+    Y: tl.constexpr = F // SIGNS
+    BY: tl.constexpr = BF // SIGNS
+    oy = tl.arange(0, BY)
+    my = oy < Y
+    if PHI:
+        of, mf = feature_index(BF, F, SIGNS)
     start_k = first_row(start, i_n, X, VARLEN)
     q += (start * H + i_h) * K
     o += (start * H + i_h) * V
@@ -100,8 +110,8 @@ def band_forward_kernel(
     if NS > 0:
         b_sk, b_sv = read_sinks(sk, sv, i_n, i_g, start, length, TS, on, ok, ov, G, K, V, NS, VARLEN)
     if LINEAR:
-        fq += (start * H + i_h) * F
-        fk += (start_k * G + i_g) * F
+        fq += (start * H + i_h) * Y
+        fk += (start_k * G + i_g) * Y
         mix += start * H + i_h
         if DECAY == 1:
             g += start * G + i_g
@@ -141,8 +151,13 @@ def band_forward_kernel(
             m = tl.zeros([BT], dtype=tl.float32) + tl.load(logit + i_h).to(tl.float32) * LOG2E
             den += 1.0
         if LINEAR:
-            b_f = read_tile(fk + low * (G * F), oi, G * F, of, here & (oldest >= skip), mf).to(b_v.dtype)
-            b_fq = read_tile(fq + t0 * (H * F), oi, H * F, of, here, mf).to(b_v.dtype)
+            leaves = here & (oldest >= skip)
+            b_f = read_tile(fk + low * (G * Y), oi, G * Y, oy, leaves, my)
+            b_fq = read_tile(fq + t0 * (H * Y), oi, H * Y, oy, here, my)
+            if PHI:
+                b_f = features(b_f, leaves, my, BT, BY, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+                b_fq = features(b_fq, here, my, BT, BY, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+            b_f, b_fq = b_f.to(b_v.dtype), b_fq.to(b_v.dtype)
             # In this order the fewest tiles are alive at once: mass, past, the state's update, and only then weights between tokens of the chunk.
             if DECAY == 2:
                 c = tl.cumsum(read_tile(g + t0 * (G * F), oi, G * F, of, here, mf), 0)
@@ -209,9 +224,9 @@ def band_forward_kernel(
             ht += (i_n.to(tl.int64) * G + i_g) * F * (V + 1)
             # `zero` keeps the compiler from carrying the addresses of h0's tile through the loop in registers, to use them again here.
             later_f, later_v = of + zero, ov + zero
-            write_tile(ht, later_f, V + 1, later_v, later_f < F, later_v < V, state)
+            write_tile(ht, later_f, V + 1, later_v, mf, later_v < V, state)
             if i_v == 0:
-                tl.store(ht + later_f * (V + 1) + V, mass, mask=later_f < F)
+                tl.store(ht + later_f * (V + 1) + V, mass, mask=mf)
 
 
 @triton.jit

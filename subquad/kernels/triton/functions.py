@@ -27,9 +27,9 @@ def _recurrent(*, scale=1.0, initial_state=None, output_final_state=False, cu_se
     return *_f32(initial_state), scale, output_final_state, cu_seqlens, out_dtype, input_precision
 
 
-def additive(q, k, v, log_decay=None, **options):
+def additive(q, k, v, log_decay=None, *, feature_map=None, **options):
     """`ops.additive`."""
-    return Additive.apply(*_plain(q, k, v), *_f32(log_decay), *_recurrent(**options))
+    return Additive.apply(*_plain(q, k, v), *_f32(log_decay), *_recurrent(**options), feature_map)
 
 
 def delta(q, k, v, beta, log_decay=None, **options):
@@ -50,12 +50,12 @@ def banded(
 
 def window_linear(
     q, k, v, fq, fk, mix, log_decay=None, *, window, sinks=0, scale=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, initial_state=None,
-    output_final_state=False, cu_seqlens=None, input_precision=None,
+    output_final_state=False, cu_seqlens=None, feature_map=None, input_precision=None,
 ):  # fmt: skip
     """`ops.window_linear`."""
     sinks = sinks if sink_k_BNGK is None else sink_k_BNGK.shape[1]
     tensors = *_plain(q, k, v, fq, fk, mix), *_f32(log_decay, initial_state), *_plain(sink_k_BNGK, sink_v_BNGV)
-    return WindowLinear.apply(*tensors, window, sinks, scale, position, output_final_state, cu_seqlens, input_precision)
+    return WindowLinear.apply(*tensors, window, sinks, scale, position, output_final_state, cu_seqlens, input_precision, feature_map)
 
 
 def additive_step(q, k, v, state, log_decay=None, *, scale=1.0):
@@ -87,8 +87,9 @@ def why_not(op, args, kwargs):
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it computes with float16, bfloat16 or float32 inputs, not {str(q.dtype).removeprefix('torch.')}"
     sizes = [x.shape[-1] for x in args[: 5 if op.startswith("window") else 3] if isinstance(x, Tensor) and x.dim() == q.dim()]
-    if max(sizes) > LARGEST_HEAD:
-        return f"heads of size {max(sizes)}; it takes up to {LARGEST_HEAD}"
+    largest = max(sizes) if kwargs.get("feature_map") is None else max(*sizes, 2 * sizes[0 if op == "additive" else 3])
+    if largest > LARGEST_HEAD:
+        return f"heads of size {largest}; it takes up to {LARGEST_HEAD}"
     if op == "banded":
         if kwargs.get("weight", "softmax") != "softmax":
             return f"weight {kwargs['weight']!r}; it has softmax only"

@@ -11,6 +11,9 @@ The decay belongs to the feature axis, which is the k axis of the first and last
 With EXTRA the sums have one more feature, given by a number per token instead of a column: 1 on the k side and x on the q side (EXTRA 1), or the
 other way round (EXTRA 2). That is how the gradient of a normaliser joins in.
 
+A feature map (PHI, features.py) is applied to the tiles as they are read: 1 to q and k, 2 to v, whose columns are features then; WEIGHT multiplies k's (1)
+or v's (2) rows by a number each.
+
 Rows may be shifted: at time t the kernel reads q row t - shift_q and k, v row t - shift_k, and rows below `skip` do not exist.
 MODE 0 walks a whole sequence in one program. MODE 1 only leaves the state at every SEG-th chunk, MODE 2 computes the outputs of SEG chunks from
 such a state: two launches that fill a GPU when there are few heads.
@@ -21,6 +24,7 @@ Key: B batch, T tokens, H heads of this launch, K features, V columns, BT tokens
 import triton
 import triton.language as tl
 
+from subquad.kernels.triton.features import feature_columns, feature_index, features
 from subquad.kernels.triton.pieces import (
     causal_mask,
     fades,
@@ -37,15 +41,17 @@ from subquad.kernels.triton.pieces import (
 
 @triton.jit
 def scan_kernel(
-    q, k, v, g, x, o, h0, ht, hs, cu,
+    q, k, v, g, x, o, h0, ht, hs, cu, norms, weight,
     scale, T, TQ, TK, shift_q, shift_k, skip_q, skip_k, stride_head, stride_k, stride_v, zero,
     H: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr, RG: tl.constexpr, RS: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SEG: tl.constexpr, LEVELS: tl.constexpr,
     MODE: tl.constexpr, DECAY: tl.constexpr, EXTRA: tl.constexpr, REVERSE: tl.constexpr,
     VARLEN: tl.constexpr, USE_H0: tl.constexpr, STORE_HT: tl.constexpr, PRECISION: tl.constexpr,
+    PHI: tl.constexpr, WEIGHT: tl.constexpr, SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (V / BV, segments, N H). q [.., TQ, H/RQ, K], k, v [.., TK, H/RK, K | V], g [.., T, H/RG (, K or V)] fp32, x [.., H] fp32, o as q with V.
 
+    With PHI the rows of what is mapped are SIGNS times shorter; norms [.., TK, H/RK, SIGNS] of v (PHI 2), weight [.., TK, H/RK], both fp32.
     h0 per sequence and H/RS heads, ht per sequence and H heads, both with the strides given (row K holds the extra feature); hs is contiguous.
     """
     i_v, i_s, i_nh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -59,15 +65,24 @@ def scan_kernel(
             return
     ok, ov, oi = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
     mk, mv = ok < K, ov < V
+    YK: tl.constexpr = K // SIGNS if PHI == 1 else K
+    YV: tl.constexpr = V // SIGNS if PHI == 2 else V
+    if PHI == 1:
+        BY: tl.constexpr = BK // SIGNS
+        oy = tl.arange(0, BY)
+        my = oy < YK
+        ok, mk = feature_index(BK, K, SIGNS)
     HQ: tl.constexpr = H // RQ
     HK: tl.constexpr = H // RK
     HG: tl.constexpr = H // RG
     GATES: tl.constexpr = K if DECAY == 2 else (V if DECAY == 3 else 1)
     ROWS: tl.constexpr = K + 1 if EXTRA > 0 else K
-    q += (start_q * HQ + i_h // RQ) * K
+    q += (start_q * HQ + i_h // RQ) * YK
     o += (start_q * H + i_h) * V
-    k += (start_k * HK + i_h // RK) * K
-    v += (start_k * HK + i_h // RK) * V
+    k += (start_k * HK + i_h // RK) * YK
+    v += (start_k * HK + i_h // RK) * YV
+    norms += (start_k * HK + i_h // RK) * SIGNS
+    weight += start_k * HK + i_h // RK
     g += (start * HG + i_h // RG) * GATES
     x += start * H + i_h
     hs += ((start // (SEG * BT) + i_n) * H + i_h) * ROWS * V
@@ -99,8 +114,23 @@ def scan_kernel(
         t0 = tl.cast(i_t, tl.int64) * BT
         t = i_t * BT + oi
         has_q, has_k = (t < length) & (t - shift_q >= skip_q), (t < length) & (t - shift_k >= skip_k)
-        b_k = read_tile(k + (t0 - shift_k) * (HK * K), oi, HK * K, ok, has_k, mk).to(v.dtype.element_ty)
-        b_v = read_tile(v + (t0 - shift_k) * (HK * V), oi, HK * V, ov, has_k, mv)
+        at_k = (t0 - shift_k) * HK
+        if PHI == 1:
+            b_k = features(read_tile(k + at_k * YK, oi, HK * YK, oy, has_k, my), has_k, my, BT, BY, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+            if WEIGHT:
+                b_k *= tl.load(weight + at_k + oi * HK, mask=has_k, other=0.0)[:, None]
+            b_k = b_k.to(v.dtype.element_ty)
+        else:
+            b_k = read_tile(k + at_k * K, oi, HK * K, ok, has_k, mk)
+            if PHI == 0:
+                b_k = b_k.to(v.dtype.element_ty)
+        if PHI == 2:
+            b_v = feature_columns(v + at_k * YV, norms + at_k * SIGNS, oi, HK * YV, ov, has_k, mv, YV, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+            if WEIGHT:
+                b_v *= tl.load(weight + at_k + oi * HK, mask=has_k, other=0.0)[:, None]
+            b_v = b_v.to(k.dtype.element_ty)
+        else:
+            b_v = read_tile(v + at_k * V, oi, HK * V, ov, has_k, mv)
         if (EXTRA > 0 and MODE != 1) or EXTRA == 2:
             b_x = tl.load(x + t0 * H + oi * H, mask=t < length, other=0.0)
         if DECAY == 1:
@@ -117,7 +147,11 @@ def scan_kernel(
                 read, write = ahead, back
 
         if MODE != 1:
-            b_q = read_tile(q + (t0 - shift_q) * (HQ * K), oi, HQ * K, ok, has_q, mk).to(v.dtype.element_ty)
+            if PHI == 1:
+                b_q = read_tile(q + (t0 - shift_q) * (HQ * YK), oi, HQ * YK, oy, has_q, my)
+                b_q = features(b_q, has_q, my, BT, BY, SIGNS, NORM, GAIN, LIMIT, FLOOR).to(b_v.dtype)
+            else:
+                b_q = read_tile(q + (t0 - shift_q) * (HQ * K), oi, HQ * K, ok, has_q, mk).to(b_v.dtype)
             # What the chunk reads of its own tokens.
             if DECAY == 2:
                 weights = vector_weights(b_q, b_k, c, BT, LEVELS, BK, REVERSE, PRECISION)
@@ -181,31 +215,37 @@ def scan_kernel(
         ht += i_nh.to(tl.int64) * stride_head
         # `zero` keeps the compiler from carrying this tile of addresses through the loop in registers.
         later_k, later_v = ok + zero, ov + zero
-        write_tile(ht, later_k, stride_k, later_v * stride_v, later_k < K, later_v < V, state)
+        write_tile(ht, later_k, stride_k, later_v * stride_v, mk, later_v < V, state)
         if EXTRA > 0:
             tl.store(ht + K * stride_k + ov * stride_v, extra, mask=mv)
 
 
 @triton.jit
 def decay_gradient_kernel(
-    q, dq, k, dk, carry, dg, cu, T, TK, shift_k, skip_k,
+    q, dq, k, dk, carry, dg, cu, norms_q, norms_k, weight, T, TK, shift_k, skip_k,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     SCALAR: tl.constexpr, USE_H0: tl.constexpr, USE_CARRY: tl.constexpr, VARLEN: tl.constexpr,
+    PHI: tl.constexpr, WEIGHT: tl.constexpr, SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """dg_t = carry + sum over s >= t of (sum_r q_s dq_s - k_s dk_s): every later token's exponent holds g_t once.
 
     Up to the first token that is written, without an initial state, g_t fades nothing: that sum is rounding errors, and what is stored is 0.
 
     Grid (K / BK, N G); q, dq [.., T, G R, K], k, dk [.., TK, G, K] (row t - shift_k), carry [N, G (, K)], dg [.., T, G (, K)], all but q and k fp32.
+    PHI: q and k are what a feature map takes, with norms as in feature_columns; WEIGHT [.., T, G R] fp32 multiplies the rows of q.
     """
     i_k, i_ng = tl.program_id(0), tl.program_id(1)
     i_n, i_g, _, start, length = head_of(i_ng, cu, T, G, 1, VARLEN)
     start_k = first_row(start, i_n, TK, VARLEN)
     ok, oi = i_k * BK + tl.arange(0, BK), tl.arange(0, BT)
     mk = ok < K
-    q += (start * G + i_g) * R * K
+    Y: tl.constexpr = K // SIGNS
+    q += (start * G + i_g) * R * Y
     dq += (start * G + i_g) * R * K
-    k += (start_k * G + i_g) * K
+    k += (start_k * G + i_g) * Y
+    norms_q += (start * G + i_g) * R * SIGNS
+    norms_k += (start_k * G + i_g) * SIGNS
+    weight += (start * G + i_g) * R
     dk += (start_k * G + i_g) * K
     if SCALAR:
         later = tl.load(carry + i_ng).to(tl.float32) if USE_CARRY else 0.0
@@ -222,12 +262,21 @@ def decay_gradient_kernel(
         here = t < length
         has_k = here & (t - shift_k >= skip_k)
         fading = (t - shift_k > skip_k) | USE_H0
-        at = (t0 - shift_k) * (G * K)
-        each = -read_tile(k + at, oi, G * K, ok, has_k, mk).to(tl.float32) * read_tile(dk + at, oi, G * K, ok, has_k, mk).to(tl.float32)
+        at_k = (t0 - shift_k) * G
+        if PHI:
+            b_k = feature_columns(k + at_k * Y, norms_k + at_k * SIGNS, oi, G * Y, ok, has_k, mk, Y, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+        else:
+            b_k = read_tile(k + at_k * K, oi, G * K, ok, has_k, mk).to(tl.float32)
+        each = -b_k * read_tile(dk + at_k * K, oi, G * K, ok, has_k, mk).to(tl.float32)
         for r in range(R):
-            at = t0 * (G * R * K) + r * K
-            b_q, b_dq = read_tile(q + at, oi, G * R * K, ok, here, mk), read_tile(dq + at, oi, G * R * K, ok, here, mk)
-            each += b_q.to(tl.float32) * b_dq.to(tl.float32)
+            at = t0 * (G * R) + r
+            if PHI:
+                b_q = feature_columns(q + at * Y, norms_q + at * SIGNS, oi, G * R * Y, ok, here, mk, Y, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+                if WEIGHT:
+                    b_q *= tl.load(weight + at + oi * (G * R), mask=here, other=0.0)[:, None]
+            else:
+                b_q = read_tile(q + at * K, oi, G * R * K, ok, here, mk).to(tl.float32)
+            each += b_q * read_tile(dq + at * K, oi, G * R * K, ok, here, mk).to(tl.float32)
         if SCALAR:
             e = tl.sum(each, 1)
             total = tl.sum(e, 0)

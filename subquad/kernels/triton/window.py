@@ -9,8 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from subquad.kernels.triton.additive import KEYS, NONE, SCALAR, VALUES, decay_gradient, group_sum, kind_of, scan
+from subquad.kernels.features import signs
+from subquad.kernels.triton.additive import KEYS, NONE, OF_VALUES, SCALAR, VALUES, decay_gradient, feature_tile, group_sum, kind_of, scan
 from subquad.kernels.triton.band import band_forward_kernel, band_key_kernel, band_query_kernel, band_sink_kernel
+from subquad.kernels.triton.features import constants, feature_gradient, row_norms
 from subquad.kernels.triton.launch import SEGMENT_TOKENS, Packing, Tiles, pad, precision_of, roomy
 
 ACROSS = {NONE: NONE, SCALAR: SCALAR, KEYS: VALUES}  # the decay's axis when keys and values change places
@@ -71,40 +73,40 @@ def band_of(q, k, window, sinks, scale, position, sink_k, cu, precision) -> Band
 
 
 def forward(q, k, v, sink_k, sink_v, band: Band, *, out, total, top, logit=None, linear=None) -> None:
-    """Launch `band_forward_kernel`. linear: (fq, fk, mix, log_decay, initial, final) or None."""
+    """Launch `band_forward_kernel`. linear: (fq, fk, mix, log_decay, initial, final, feature map) or None."""
     packing, (K, V), G = band.packing, (q.shape[-1], v.shape[-1]), k.shape[2]
     sk, sv = (k, v) if sink_k is None else (sink_k, sink_v)
     wide = v.element_size() == 4
     sizes = band.sizes(q, k, v) | dict(NS=band.sinks, BN=pad(band.sinks), LOGIT=logit is not None, LINEAR=linear is not None)
-    fq, fk, mix, g, initial, final = linear if linear is not None else (None,) * 6
-    kind, F = kind_of(g), 1 if fq is None else fq.shape[-1]
-    tiles = band_tiles(K, V, wide) if linear is None else linear_tiles(V, F, kind, wide, roomy())
+    fq, fk, mix, g, initial, final, feature_map = linear if linear is not None else (None,) * 7
+    kind, F, BF = kind_of(g), 1 if fq is None else fq.shape[-1] * signs(feature_map), 16 if fq is None else feature_tile(fq.shape[-1], feature_map)
+    tiles = band_tiles(K, V, wide) if linear is None else linear_tiles(V, BF, kind, wide, roomy())
     segmented = linear is not None and packing.segmented(packing.N * sizes["H"] * triton.cdiv(V, tiles.BV))
     # Chunks of a program: one, a segment, or any number there is.
     SEG = 1 if linear is None else (SEGMENT_TOKENS if segmented else 2**30) // tiles.BT
     hs = None
     if segmented:
         hs = q.new_empty(packing.slots(SEGMENT_TOKENS), G, V + 1, F, dtype=torch.float32)
-        scan_states(v, fk, g, band, initial, final, hs)
+        scan_states(v, fk, g, band, initial, final, hs, feature_map)
     given = (fq, fk, mix, g, logit, total, initial, final, hs)
     fq, fk, mix, g, logit, total, h0, ht, hs = (q if x is None else x for x in given)
     # A kept block of 64 slots does not fit into registers beside the state.
-    keep = linear is not None and max(pad(K), pad(V), pad(F)) <= 64 and tiles.BT < 64
+    keep = linear is not None and max(pad(K), pad(V), BF) <= 64 and tiles.BT < 64
     band_forward_kernel[(triton.cdiv(V, tiles.BV), triton.cdiv(packing.T, SEG * tiles.BT), packing.N * sizes["H"])](
         q, k, v, fq, fk, mix, g, sk, sv, logit, out, total, top, h0, ht, hs, band.cu(q),
         band.scale, packing.T, k.shape[1], sk.shape[1], band.before, band.position, band.window, band.skip, 0,
-        F=F, BT=tiles.BT, BV=tiles.BV, BF=pad(F), SEG=SEG, LEVELS=tiles.BT.bit_length() - 1, DECAY=kind,
+        F=F, BT=tiles.BT, BV=tiles.BV, BF=BF, SEG=SEG, PHI=feature_map is not None, **constants(feature_map), LEVELS=tiles.BT.bit_length() - 1, DECAY=kind,
         KEEP=keep, SEGMENTED=segmented, USE_H0=initial is not None, STORE_HT=final is not None and not segmented, **sizes, **tiles.options,
     )  # fmt: skip
 
 
-def scan_states(v, fk, g, band: Band, initial, final, hs) -> None:
+def scan_states(v, fk, g, band: Band, initial, final, hs, feature_map) -> None:
     """The linear branch's states at every SEGMENT_TOKENS tokens, [V + 1, F] each, and the final one."""
-    G, F, V = fk.shape[2], fk.shape[-1], v.shape[-1]
+    G, F, V = fk.shape[2], fk.shape[-1] * signs(feature_map), v.shape[-1]
     shift = band.window - band.before
     scan(v, v, fk, heads=G, out=v, packing=band.packing, log_decay=g, decay=ACROSS[kind_of(g)], extra=None, extra_side=1, states=hs,
          initial=None if initial is None else (initial, G), initial_strides=(F * (V + 1), 1, V + 1), final=final, shift_k=shift, skip_k=band.skip,
-         precision=band.precision)  # fmt: skip
+         precision=band.precision, feature_map=feature_map, of=OF_VALUES, norms=row_norms(fk, feature_map))  # fmt: skip
 
 
 def backward(q, k, v, sink_k, sink_v, band: Band, do, e, top):
@@ -181,61 +183,85 @@ class Banded(torch.autograd.Function):
 
 
 class WindowLinear(torch.autograd.Function):
-    """(q, k, v, fq, fk, mix, log_decay, initial, sink_k, sink_v, window, sinks, scale, position, final?, cu_seqlens, precision) -> (o, final state)."""
+    """(q, k, v, fq, fk, mix, log_decay, initial, sink_k, sink_v, window, sinks, scale, position, final?, cu_seqlens, precision, feature_map)
+    -> (o, final state)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, fq, fk, mix, g, initial, sink_k, sink_v, window, sinks, scale, position, final_wanted, cu, precision):
+    def forward(ctx, q, k, v, fq, fk, mix, g, initial, sink_k, sink_v, window, sinks, scale, position, final_wanted, cu, precision, feature_map):
         band = band_of(q, k, window, sinks, scale, position, sink_k, cu, precision)
-        (B, T, H), (G, V), F = q.shape[:3], v.shape[2:], fq.shape[-1]
+        (B, T, H), (G, V), F = q.shape[:3], v.shape[2:], fq.shape[-1] * signs(feature_map)
         out = q.new_empty(B, T, H, V, dtype=v.dtype)
         top = q.new_empty(B, T, H, dtype=torch.float32)
         final = None
         if final_wanted:  # a sequence without tokens has no program that writes its state: it stays what it was
             final = q.new_zeros(band.packing.N, G, F, V + 1, dtype=torch.float32) if initial is None else initial.float().clone()
-        forward(q, k, v, sink_k, sink_v, band, out=out, total=None, top=top, linear=(fq, fk, mix, g, initial, final))
+        forward(q, k, v, sink_k, sink_v, band, out=out, total=None, top=top, linear=(fq, fk, mix, g, initial, final, feature_map))
         ctx.save_for_backward(q, k, v, fq, fk, mix, g, initial, sink_k, sink_v, out, top, final if g is not None else None, cu)
-        ctx.band = band
+        ctx.band, ctx.feature_map = band, feature_map
         return out, final
 
     @staticmethod
     def backward(ctx, dout, dfinal):
         q, k, v, fq, fk, mix, g, initial, sink_k, sink_v, out, top, final, _ = ctx.saved_tensors
-        band, G = ctx.band, k.shape[2]
+        band, G, feature_map = ctx.band, k.shape[2], ctx.feature_map
         dout = dout.to(v.dtype).contiguous()
         e = -(dout.float() * out.float()).sum(-1)
         dq, dk, dv, dsk, dsv = backward(q, k, v, sink_k, sink_v, band, dout, e, top)
-        weight = (mix.float() - top).clamp_max(LARGEST_EXPONENT.get(v.dtype, 60.0)).exp()
-        weight = (weight * band.older(q.device)[..., None]).unsqueeze(-1)
-        query = (fq.float() * weight).to(v.dtype)
-        dfq, dfk, dv_linear, dinitial = linear_backward(query, fk.to(v.dtype), v, g, initial, band, dout, e, dfinal)
-        dmix = (query.float() * dfq).sum(-1).to(mix.dtype)
+        weight = (mix.float() - top).clamp_max(LARGEST_EXPONENT.get(v.dtype, 60.0)).exp() * band.older(q.device)[..., None]
+        linear = Linear(fq, fk, v, weight, band, feature_map)
+        dfq, dfk, dv_linear, dinitial = linear.backward(g, initial, dout, e, dfinal)
         dfk = group_sum(dfk, G, torch.float32)
         dg = None
         if g is not None:
             carry = None
             if dfinal is not None:
                 carry = (final * dfinal).sum(-1).sum(-1) if g.dim() == 3 else (final * dfinal).sum(-1)
-            dg = decay_gradient(query, dfq, fk, dfk, carry, g, band.packing, initial is not None, band.window - band.before, band.skip)
+            dg = linear.decay_gradient(dfq, dfk, carry, g, initial is not None)
+        dfq, dfk, dmix = linear.inputs(dfq, dfk)
         dsk, dsv = (None if x is None else x.to(k.dtype) for x in (dsk, dsv))
         dv = group_sum(dv.float() + dv_linear.float(), G, v.dtype)
-        grads = (dq, group_sum(dk, G, k.dtype), dv, (dfq * weight).to(fq.dtype), dfk.to(fk.dtype), dmix, dg, dinitial, dsk, dsv)
-        return *grads, None, None, None, None, None, None, None
+        return dq, group_sum(dk, G, k.dtype), dv, dfq, dfk, dmix.to(mix.dtype), dg, dinitial, dsk, dsv, *(None,) * 8
 
 
-def linear_backward(query, fk, v, g, initial, band: Band, do, e, dfinal):
-    """Gradients of the weighted queries, of fk and v (per query head, fp32) and of the initial state, through the linear branch."""
-    (B, T, H, F), (X, G, V) = query.shape, v.shape[1:]
-    kind, shift, skip = kind_of(g), band.window - band.before, band.skip
-    dfinal = None if dfinal is None else dfinal.contiguous()
-    start, end = (None if x is None else (x, G) for x in (initial, dfinal))
-    turned, straight = (F * (V + 1), 1, V + 1), (F * (V + 1), V + 1, 1)
-    dquery = query.new_empty(B, T, H, F, dtype=torch.float32)
-    dfk, dv = (query.new_zeros(B, X, H, size, dtype=torch.float32) for size in (F, V))  # slots that never leave the window stay zero
-    dinitial = None if initial is None else query.new_empty(band.packing.N, H, F, V + 1, dtype=torch.float32)
-    common = dict(heads=H, packing=band.packing, log_decay=g, precision=band.precision)
-    exchanged = dict(decay=ACROSS[kind], extra=e, initial_strides=turned, **common)
-    late, early = dict(shift_k=shift, skip_k=skip), dict(shift_q=shift, skip_q=skip, reverse=True)
-    scan(do, v, fk, out=dquery, extra_side=1, initial=start, **late, **exchanged)
-    scan(v, do, query, out=dfk, extra_side=2, initial=end, final=dinitial, **early, **exchanged)
-    scan(fk, query, do, out=dv, decay=kind, initial=end, initial_strides=straight, **early, **common)
-    return dquery, dfk, dv, None if dinitial is None else dinitial.unflatten(1, (G, -1)).sum(2)
+class Linear:
+    """The linear branch backward. Queries count with a weight each; a feature map is applied inside the scans, features as they are are weighted here."""
+
+    def __init__(self, fq, fk, v, weight_BTH, band: Band, feature_map: str | None):
+        self.fq, self.fk, self.v, self.weight, self.band, self.feature_map = fq, fk, v, weight_BTH, band, feature_map
+        if feature_map is None:
+            self.query, self.key, self.scales = (fq.float() * weight_BTH.unsqueeze(-1)).to(v.dtype), fk.to(v.dtype), None
+        else:
+            self.query, self.key, self.scales = fq, fk, weight_BTH.contiguous()
+        self.norms = row_norms(fq, feature_map), row_norms(fk, feature_map)
+
+    def backward(self, g, initial, do, e, dfinal):
+        """Gradients of the weighted queries' features, of the keys' and of v (per query head, fp32) and of the initial state."""
+        query, key, v, band = self.query, self.key, self.v, self.band
+        (B, T, H), (X, G, V), F = query.shape[:3], v.shape[1:], query.shape[-1] * signs(self.feature_map)
+        kind, shift, skip = kind_of(g), band.window - band.before, band.skip
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        start, end = (None if x is None else (x, G) for x in (initial, dfinal))
+        turned, straight = (F * (V + 1), 1, V + 1), (F * (V + 1), V + 1, 1)
+        dquery = query.new_empty(B, T, H, F, dtype=torch.float32)
+        dfk, dv = (query.new_zeros(B, X, H, size, dtype=torch.float32) for size in (F, V))  # slots that never leave the window stay zero
+        dinitial = None if initial is None else query.new_empty(band.packing.N, H, F, V + 1, dtype=torch.float32)
+        common = dict(heads=H, packing=band.packing, log_decay=g, precision=band.precision, feature_map=self.feature_map)
+        exchanged = dict(decay=ACROSS[kind], extra=e, initial_strides=turned, of=OF_VALUES, **common)
+        late, early = dict(shift_k=shift, skip_k=skip), dict(shift_q=shift, skip_q=skip, reverse=True, weight=self.scales)
+        scan(do, v, key, out=dquery, extra_side=1, initial=start, norms=self.norms[1], **late, **exchanged)
+        scan(v, do, query, out=dfk, extra_side=2, initial=end, final=dinitial, norms=self.norms[0], **early, **exchanged)
+        scan(key, query, do, out=dv, decay=kind, initial=end, initial_strides=straight, **early, **common)
+        return dquery, dfk, dv, None if dinitial is None else dinitial.unflatten(1, (G, -1)).sum(2)
+
+    def decay_gradient(self, dquery, dfk, carry, g, started: bool):
+        band = self.band
+        return decay_gradient(self.query, dquery, self.fk, dfk, carry, g, band.packing, started, band.window - band.before, band.skip,
+                              self.feature_map, self.norms, self.scales)  # fmt: skip
+
+    def inputs(self, dquery, dfk):
+        """From gradients of weighted features to those of fq, of fk and of mix."""
+        if self.feature_map is None:
+            dmix = (self.query.float() * dquery).sum(-1)
+            return (dquery * self.weight.unsqueeze(-1)).to(self.fq.dtype), dfk.to(self.fk.dtype), dmix
+        dfq, dmix = feature_gradient(self.fq, dquery, self.feature_map, self.scales)
+        return dfq, feature_gradient(self.fk, dfk, self.feature_map)[0], dmix

@@ -1,6 +1,7 @@
 """Feature maps: what queries and keys become before they meet (SEEDS 3.2 K1). One function and one row each.
 
-A row's function maps y = W x (+ b), fp32. The three published Hedgehogs are three rows: their checkpoints are not interchangeable (SEEDS 0.1).
+A row's function maps y = W x (+ b), fp32; those that ops apply inside their kernels are in kernels/features.py. The three published Hedgehogs are three
+rows: their checkpoints are not interchangeable (SEEDS 0.1).
 Maps with parameters or buffers of their own are modules in other files, named by their row.
 
 Key: B batch, T tokens, P heads (key/value heads, or G x R query heads), K head size, F features.
@@ -14,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.kernels.features import FUSED, hedgehog_exp, hedgehog_softmax, hedgehog_softmax2, softmax
 from subquad.registry import lookup
 
 
@@ -32,21 +34,10 @@ class FeatureMap:
     unit: bool = False  # features are of unit length
     positions: bool = False  # asks where queries and keys stand
 
-
-def hedgehog_exp(y: Tensor) -> Tensor:
-    """[exp(y); exp(-y)] (the paper). Clamped at 30 so that a product of two features stays inside fp32."""
-    y = y.clamp(-30, 30)
-    return torch.cat([y.exp(), (-y).exp()], -1)
-
-
-def hedgehog_softmax2(y: Tensor) -> Tensor:
-    """[softmax(y); softmax(-y)] (LoLCATs)."""
-    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp_min(1e-12)
-
-
-def hedgehog_softmax(y: Tensor) -> Tensor:
-    """One softmax over [2y, -2y] (flash-linear-attention)."""
-    return torch.cat([2 * y, -2 * y], -1).softmax(-1)
+    @property
+    def fused(self) -> str | None:
+        """The name by which ops apply the map to `numbers` inside their kernels; None: they take features."""
+        return next((name for name, row in FUSED.items() if row.plain is self.fn and self.k_fn is None), None)
 
 
 def unit(y: Tensor) -> Tensor:
@@ -65,11 +56,6 @@ def identity(y: Tensor) -> Tensor:
 
 def elu1(y: Tensor) -> Tensor:
     return F.elu(y) + 1
-
-
-def softmax(y: Tensor) -> Tensor:
-    """Softmax over the features of one token."""
-    return y.softmax(-1)
 
 
 def bounded_exp(y: Tensor) -> Tensor:
@@ -186,13 +172,17 @@ class LearnedMap(nn.Module):
             self.bias = nn.Parameter(torch.zeros(*heads, size))
 
     def forward(self, x: Tensor, position_BT: Tensor | None = None) -> Tensor:
+        return self.fn(self.numbers(x))
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """What phi is applied to, fp32."""
         letters = "gr"[: len(self.heads)]
         y = x.float() * self.scale
         if self.map.weight:
             y = torch.einsum(f"bt{letters}k,{letters}kf->bt{letters}f", y, self.weight.float())
         if self.map.bias:
             y = y + self.bias.float()
-        return self.fn(y)
+        return y
 
 
 def make_map(name: str, side: str, heads: tuple[int, ...], size: int, options: dict) -> nn.Module:

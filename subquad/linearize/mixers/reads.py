@@ -90,6 +90,8 @@ def log_decay(cell, call: AttentionCall, stream: Stream) -> Tensor | None:
 def read_additive(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts, scan: Callable | None = None) -> Read:
     """q.S of S <- a S + k v^T, with the columns and the row that normalisers ask for. `scan`: how the state goes along the tokens."""
     rows, V, on = cell.rows, cell.shape.value, stream.on_BT[..., None, None].float()
+    if scan is None and fused(cell, call, stream, now):
+        return read_fused(cell, call, stream, now, parts)
     q, q_scale = query_features(cell, call, stream.q_position_BT, now)
     k, shift, k_scale = key_features(cell, stream, parts)
     decay = _plus(log_decay(cell, call, stream), shift)
@@ -114,6 +116,28 @@ def read_additive(cell, call: AttentionCall, stream: Stream, now: Parts, parts: 
     if rows.key_weight.column:
         sums.allocation = y[..., V + 1] / sums.n.clamp_min(1)[..., None, None]
     return sums, q_scale + k_scale
+
+
+def fused(cell, call: AttentionCall, stream: Stream, now: Parts) -> bool:
+    """The op can apply the map itself: nothing else is done to features, and the sums are those of features and values alone."""
+    rows, plain = cell.rows, {"decay", "plain"} >= stream.kept.keys() and not now
+    own = rows.normaliser.counts or rows.normaliser.per_feature or rows.key_weight.column or rows.write.complement
+    return plain and not own and rows.feature_map.fused is not None and not one_token(call.q_BTGRK)
+
+
+def read_fused(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
+    """`read_additive` with the map inside the op. A row that writes nothing has no zero features there, but zeros for values and for their count."""
+    V, on = cell.shape.value, stream.on_BT[..., None, None].float()
+    q, k = cell.map_q.numbers(cell.queries(call)), cell.map_k.numbers(stream.kept.get("plain", stream.k))
+    v = stream.v.float() * on
+    if cell.has_total:
+        v = torch.cat([v, on.expand(-1, -1, v.shape[2], -1)], -1)
+    y, parts["sums"] = additive(
+        q.flatten(2, 3), k, v, log_decay(cell, call, stream), initial_state=parts["sums"].contiguous(), output_final_state=True,
+        feature_map=cell.rows.feature_map.fused,
+    )  # fmt: skip
+    y = y.unflatten(2, q.shape[2:4])
+    return Sums(y[..., :V], y[..., V] if cell.has_total else None), 0.0
 
 
 def _scan(cell, call: AttentionCall, stream: Stream, given: tuple[Tensor, ...], parts: Parts) -> Tensor:

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.kernels.banded import attend_blocks
+from subquad.kernels.features import hedgehog_softmax2
 from subquad.kernels.ops import additive
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
 from subquad.linearize.mixers.combine import TINY
-from subquad.linearize.mixers.feature_maps import hedgehog_softmax2
 from subquad.linearize.mixers.key_weights import NOTHING
 from subquad.linearize.mixers.local import Local
 

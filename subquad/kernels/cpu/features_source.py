@@ -1,0 +1,103 @@
+"""C++: feature maps inside the additive recurrence (features.py): tiles of y become tiles of features as they are loaded, gradients of features become
+gradients of y as they are stored. Backward needs the features alone, which it makes again.
+"""
+
+SOURCE = r"""
+struct Map {  // signs 0: no map, the numbers are the features
+  int64_t signs, norm;  // norm 0: none, 1: over one sign's features, 2: over both signs'
+  double gain, limit, floor;
+};
+
+struct Features {
+  Map m;
+  int Y, F, Yp, Fp;
+  float *y, *half[2], smallest, largest;  // half: one row's features of y and of -y
+  Features(const Map& m, int F) : m(m), Y(m.signs ? F / m.signs : F), F(F), Yp(up(Y)), Fp(up(F)) {
+    if (!m.signs) return;
+    y = arena.get(64 * Yp), half[0] = arena.get(Yp), half[1] = arena.get(Yp);
+    smallest = m.limit < 80 ? exp1(-m.limit) : 0, largest = m.limit < 80 ? exp1(m.limit) : INFINITY;
+  }
+  void load(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* dst) {
+    if (!m.signs) return load_tile(t, b, from, h, rows, F, lo, hi, dst);
+    load_tile(t, b, from, h, rows, Y, lo, hi, y, m.gain);
+    for (int r = 0; r < rows; r++, dst += Fp)
+      if (from + r < lo || from + r >= hi) memset(dst, 0, 4 * Fp);
+      else row(y + r * Yp, dst);
+  }
+  // As borrow_tile: rows that can be read where they are, are.
+  const float* borrow(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* buf, int64_t& ld) {
+    if (!m.signs) return borrow_tile(t, b, from, h, rows, F, lo, hi, buf, ld);
+    load(t, b, from, h, rows, lo, hi, buf);
+    ld = Fp;
+    return buf;
+  }
+  void row(float* x, float* dst) {  // x [Yp] = gain y, padded with zeros
+    float high[2] = {0, 0}, sum[2] = {0, 0};
+    if (m.norm) {
+      float most = x[0], least = x[0];
+      int f = 0;
+      if (Y >= L) {
+        vf a = ld(x), c = a;
+        for (f = L; f + L <= Y; f += L) a = vmax(a, ld(x + f)), c = pick(c > ld(x + f), ld(x + f), c);
+        most = hmax(a), least = -hmax(-c);
+      }
+      for (; f < Y; f++) most = x[f] > most ? x[f] : most, least = x[f] < least ? x[f] : least;
+      high[0] = most, high[1] = -least;
+      if (m.norm == 2) high[0] = high[1] = high[0] > high[1] ? high[0] : high[1];
+    }
+    for (int s = 0; s < m.signs; s++) {
+      float* p = half[s];
+      vf total = {}, limit = bc(m.limit);
+      for (int f = 0; f < Yp; f += L) {
+        vf u = (s ? -ld(x + f) : ld(x + f)) - high[s];
+        if (!m.norm) u = pick(u > limit, limit, u), u = pick(u < -limit, -limit, u);
+        vf e = vexp(u);
+        if (f + L > Y) e = pick(iota() < (vi){} + (Y - f), e, bc(0));
+        st(p + f, e);
+        total += e;
+      }
+      sum[s] = hsum(total);
+    }
+    if (m.norm == 2) sum[0] = sum[1] = sum[0] + sum[1];
+    for (int s = 0; s < m.signs; s++, dst += Y) {
+      float scale = m.norm ? 1 / sum[s] : 1.0f;
+      vf floor = bc(m.floor);
+      if (Y % L == 0) {
+        for (int f = 0; f < Y; f += L) st(dst + f, vmax(floor, scale * ld(half[s] + f)));
+      } else
+        for (int f = 0; f < Y; f++) dst[f] = std::max((float)m.floor, scale * half[s][f]);
+    }
+    for (int f = F; f < Fp; f++) *dst++ = 0;
+  }
+  // The gradient of y from that of the features; p, dp [rows, Fp] (p with row stride ldp).
+  void store(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, const float* p, int64_t ldp, const float* dp, bool past) {
+    if (!m.signs) return store_tile(t, b, from, h, rows, F, lo, hi, dp, 1.0f, past);
+    for (int r = 0; r < rows; r++)
+      if (from + r >= lo && from + r < hi) row_back(p + r * ldp, dp + r * Fp, y + r * Yp);
+    store_tile(t, b, from, h, rows, Y, lo, hi, y, m.gain, past);
+  }
+  void row_back(const float* p, const float* dp, float* dy) {
+    float mean[2] = {0, 0};
+    for (int s = 0; m.norm && s < m.signs; s++) {
+      vf total = {};
+      const float *ps = p + s * Y, *ds = dp + s * Y;
+      int f = 0;
+      for (; f + L <= Y; f += L) total += ld(ps + f) * ld(ds + f);
+      mean[s] = hsum(total);
+      for (; f < Y; f++) mean[s] += ps[f] * ds[f];
+    }
+    if (m.norm == 2) mean[0] = mean[1] = mean[0] + mean[1];
+    for (int f = 0; f < Y; f++) {
+      float g = 0;
+      for (int s = 0; s < m.signs; s++) {
+        float v = p[s * Y + f], d = dp[s * Y + f];
+        bool fixed = m.norm ? v <= m.floor : v >= largest || v <= smallest;  // by the clamp: it has no slope
+        d = m.norm ? v * ((fixed ? 0.0f : d) - mean[s]) : (fixed ? 0.0f : v * d);
+        g += s ? -d : d;
+      }
+      dy[f] = g;
+    }
+    for (int f = Y; f < Yp; f++) dy[f] = 0;
+  }
+};
+"""

@@ -1,0 +1,203 @@
+"""Feature maps inside the kernels of ops 1 and 5 (subquad.kernels.features): phi of tiles, what a tile of columns needs of its rows, the way back.
+
+A tile with all of a row's numbers makes its own normaliser (`features`). Where the gradient of queries or keys is summed, features are the value axis and a
+program sees some columns: those are read one by one (`feature_columns`) beside the rows' normalisers, which one small kernel leaves before.
+
+Key: M rows (tokens times heads), Y numbers of a row, F = SIGNS Y features, BM and BY tiles of them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.kernels.features import FUSED
+from subquad.kernels.triton.launch import pad
+from subquad.kernels.triton.pieces import LOG2E, read_tile, write_tile
+
+NO_MAP = dict(SIGNS=1, NORM=0, GAIN=1.0, LIMIT=0.0, FLOOR=0.0)
+
+
+def constants(feature_map: str | None) -> dict[str, int | float]:
+    """What kernels are told of a map."""
+    if feature_map is None:
+        return NO_MAP
+    row = FUSED[feature_map]
+    limit = row.limit if row.norm == 0 else 0.0
+    return dict(SIGNS=row.signs, NORM=row.norm, GAIN=row.gain, LIMIT=limit, FLOOR=row.floor)
+
+
+@triton.jit
+def highest(u, has_column, NORM: tl.constexpr):
+    """Largest exponents of a row, of u and of -u: [BM] each."""
+    seen = has_column[None, :]
+    plus, minus = tl.max(tl.where(seen, u, float("-inf")), 1), tl.max(tl.where(seen, -u, float("-inf")), 1)
+    if NORM == 2:
+        plus = tl.maximum(plus, minus)
+        minus = plus
+    return plus, minus
+
+
+@triton.jit
+def sides(y, has_row, has_column, SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
+    """phi of y and of -y, [BM, BY] each (of y twice with one sign); 0 outside."""
+    u = y.to(tl.float32) * (GAIN * LOG2E)
+    inside = has_row[:, None] & has_column[None, :]
+    if NORM == 0:
+        u = tl.minimum(tl.maximum(u, -LIMIT * LOG2E), LIMIT * LOG2E)
+        plus, minus = tl.where(inside, tl.exp2(u), 0.0), tl.where(inside, tl.exp2(-u), 0.0)
+    else:
+        top, bottom = highest(u, has_column, NORM)
+        plus = tl.where(inside, tl.exp2(u - top[:, None]), 0.0)
+        total = tl.sum(plus, 1)
+        minus = plus
+        if SIGNS == 2:
+            minus = tl.where(inside, tl.exp2(-u - bottom[:, None]), 0.0)
+            rest = tl.sum(minus, 1)
+            if NORM == 2:
+                total += rest
+                rest = total
+            minus = minus / tl.where(has_row, rest, 1.0)[:, None]
+        plus = plus / tl.where(has_row, total, 1.0)[:, None]
+        if FLOOR > 0:
+            plus, minus = tl.where(inside, tl.maximum(plus, FLOOR), 0.0), tl.where(inside, tl.maximum(minus, FLOOR), 0.0)
+    return plus, minus
+
+
+@triton.jit
+def features(y, has_row, has_column, BM: tl.constexpr, BY: tl.constexpr,
+             SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):  # fmt: skip
+    """phi [BM, SIGNS BY] of all of a row's numbers: those of y, then those of -y."""
+    plus, minus = sides(y, has_row, has_column, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+    if SIGNS == 2:
+        plus = tl.reshape(tl.permute(tl.join(plus, minus), (0, 2, 1)), (BM, 2 * BY))
+    return plus
+
+
+@triton.jit
+def feature_index(BF: tl.constexpr, F: tl.constexpr, SIGNS: tl.constexpr):
+    """(feature, is there one) of the columns of `features`: each sign is padded for itself."""
+    BY: tl.constexpr = BF // SIGNS
+    Y: tl.constexpr = F // SIGNS
+    column = tl.arange(0, BF)
+    return column // BY * Y + column % BY, column % BY < Y
+
+
+@triton.jit
+def feature_columns(y, norms, row, stride, column, has_row, has_column, Y: tl.constexpr,
+                    SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):  # fmt: skip
+    """phi [BM, columns] at features `column` of rows row * stride of y; norms: log2 sum exp2 per row and sign, at row * stride / Y * SIGNS."""
+    minus = column >= Y
+    u = read_tile(y, row, stride, tl.where(minus, column - Y, column), has_row, has_column).to(tl.float32) * (GAIN * LOG2E)
+    u = tl.where(minus[None, :], -u, u)
+    if NORM == 0:
+        u = tl.minimum(tl.maximum(u, -LIMIT * LOG2E), LIMIT * LOG2E)
+    else:
+        at = norms + row * (stride // Y * SIGNS)
+        low = tl.load(at, mask=has_row, other=0.0)
+        if SIGNS == 2:
+            u -= tl.where(minus[None, :], tl.load(at + 1, mask=has_row, other=0.0)[:, None], low[:, None])
+        else:
+            u -= low[:, None]
+    found = tl.exp2(u)
+    if FLOOR > 0:
+        found = tl.maximum(found, FLOOR)
+    return tl.where(has_row[:, None] & has_column[None, :], found, 0.0)
+
+
+@triton.jit
+def norm_kernel(
+    y, norms, M, Y: tl.constexpr, BM: tl.constexpr, BY: tl.constexpr,
+    SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """norms [M, SIGNS] fp32 for `feature_columns`. Grid (M / BM)."""
+    start = tl.program_id(0).to(tl.int64) * BM
+    oi, oy = tl.arange(0, BM), tl.arange(0, BY)
+    here, my = start + oi < M, oy < Y
+    u = read_tile(y + start * Y, oi, Y, oy, here, my).to(tl.float32) * (GAIN * LOG2E)
+    top, bottom = highest(u, my, NORM)
+    total = tl.sum(tl.where(my[None, :], tl.exp2(u - top[:, None]), 0.0), 1)
+    at = norms + (start + oi) * SIGNS
+    if SIGNS == 2:
+        rest = tl.sum(tl.where(my[None, :], tl.exp2(-u - bottom[:, None]), 0.0), 1)
+        if NORM == 2:
+            total += rest
+            rest = total
+        tl.store(at + 1, bottom + tl.log2(rest), mask=here)
+    tl.store(at, top + tl.log2(total), mask=here)
+
+
+@triton.jit
+def side_gradient(p, dp, mean, NORM: tl.constexpr, FLOOR: tl.constexpr):
+    """Gradient of a sign's exponents; where the floor holds a feature it has no slope. mean: sum p dp over the normaliser's features."""
+    if NORM == 0:
+        slope = p * dp
+    else:
+        slope = p * (tl.where(p <= FLOOR, 0.0, dp) - mean[:, None])
+    return slope
+
+
+@triton.jit
+def feature_gradient_kernel(
+    y, dphi, weight, dy, dmix, M, Y: tl.constexpr, BM: tl.constexpr, BY: tl.constexpr, WEIGHT: tl.constexpr,
+    SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """dy [M, Y] from dphi [M, SIGNS Y] fp32. WEIGHT: dphi is the gradient of weight phi, and dmix [M] = weight sum phi dphi is left too. Grid (M / BM)."""
+    start = tl.program_id(0).to(tl.int64) * BM
+    oi, oy = tl.arange(0, BM), tl.arange(0, BY)
+    here, my = start + oi < M, oy < Y
+    F: tl.constexpr = SIGNS * Y
+    b_y = read_tile(y + start * Y, oi, Y, oy, here, my)
+    plus, minus = sides(b_y, here, my, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+    d_plus = read_tile(dphi + start * F, oi, F, oy, here, my)
+    d_minus = d_plus
+    if SIGNS == 2:
+        d_minus = read_tile(dphi + start * F + Y, oi, F, oy, here, my)
+    if WEIGHT:
+        w = tl.load(weight + start + oi, mask=here, other=0.0)[:, None]
+        d_plus *= w
+        d_minus *= w
+    mean = tl.sum(plus * d_plus, 1)
+    rest = mean
+    if SIGNS == 2:
+        rest = tl.sum(minus * d_minus, 1)
+        if WEIGHT:
+            tl.store(dmix + start + oi, mean + rest, mask=here)
+        if NORM == 2:
+            mean += rest
+            rest = mean
+    elif WEIGHT:
+        tl.store(dmix + start + oi, mean, mask=here)
+    found = side_gradient(plus, d_plus, mean, NORM, FLOOR)
+    if SIGNS == 2:
+        found -= side_gradient(minus, d_minus, rest, NORM, FLOOR)
+    if NORM == 0:  # nor where the clamp holds it
+        found = tl.where(tl.abs(b_y.to(tl.float32)) * GAIN > LIMIT, 0.0, found)
+    write_tile(dy + start * Y, oi, Y, oy, here, my, found * GAIN)
+
+
+def _launch(Y: int) -> dict[str, int]:
+    return dict(Y=Y, BM=max(16, 4096 // pad(Y)), BY=pad(Y), num_warps=4)
+
+
+def row_norms(y: Tensor, feature_map: str | None) -> Tensor | None:
+    """[.., SIGNS] fp32 for kernels that read single columns; None where the map needs none."""
+    if feature_map is None or FUSED[feature_map].norm == 0:
+        return None
+    sizes = _launch(y.shape[-1])
+    norms = y.new_empty(*y.shape[:-1], FUSED[feature_map].signs, dtype=torch.float32)
+    M = norms.numel() // norms.shape[-1]
+    norm_kernel[(triton.cdiv(M, sizes["BM"]),)](y, norms, M, **sizes, **constants(feature_map))
+    return norms
+
+
+def feature_gradient(y: Tensor, dphi: Tensor, feature_map: str, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(gradient of y in its dtype, that of log weight or None). dphi [.., F] fp32: of phi, or of weight phi with weight [..] fp32."""
+    sizes = _launch(y.shape[-1])
+    dy, M = torch.empty_like(y), y.numel() // y.shape[-1]
+    dmix = None if weight is None else torch.empty_like(weight)
+    feature_gradient_kernel[(triton.cdiv(M, sizes["BM"]),)](
+        y, dphi, dphi if weight is None else weight, dy, dphi if weight is None else dmix, M, WEIGHT=weight is not None, **sizes,
+        **constants(feature_map),
+    )  # fmt: skip
+    return dy, dmix
