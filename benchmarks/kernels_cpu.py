@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from subquad.kernels import blocked, ops
 from subquad.kernels.cpu import build
+from subquad.kernels.features import mapped
 
 B, H, D, WINDOW, SINKS = 1, 8, 64, 64, 4
 CHUNK = 64
@@ -76,6 +77,8 @@ def forward_rows(T: int, rounds: int) -> list[dict]:
         "window + sinks + linear bf16": lambda: ops.window_linear(
             low["q"], low["k"], low["v"], low["fq"], low["fk"], low["mix"], window=WINDOW, sinks=SINKS
         ),
+        "hedgehog window + sinks + linear, map before": lambda: hedgehog(x, inside=False),
+        "hedgehog window + sinks + linear, map inside": lambda: hedgehog(x, inside=True),
         **others(x),
     }
     with torch.no_grad():
@@ -90,6 +93,12 @@ def forward_rows(T: int, rounds: int) -> list[dict]:
             row["this / gated delta"] = seconds / best["gated delta"]
         rows.append(row)
     return rows
+
+
+def hedgehog(x, inside: bool, m=ops):
+    """Numbers of size 64 to 128 features, made before the op or in it."""
+    fq, fk, more = (x["q"], x["k"], {"feature_map": "hedgehog_softmax"}) if inside else (*mapped("hedgehog_softmax", x["q"], x["k"]), {})
+    return m.window_linear(x["q"], x["k"], x["v"], fq, fk, x["mix"], window=WINDOW, sinks=SINKS, **more)
 
 
 def others(x) -> dict[str, Callable]:
@@ -134,11 +143,15 @@ def backward_rows(T: int, rounds: int) -> list[dict]:
         "gated delta": lambda m: m.delta(x["q"], x["unit"], x["v"], x["beta"], x["g"]),
         "window + sinks + linear": lambda m: m.window_linear(x["q"], x["k"], x["v"], x["fq"], x["fk"], x["mix"], **window),
     }
+    pairs = {name: (lambda form=form: form(ops), lambda form=form: form(blocked)) for name, form in forms.items()}
+    name = "hedgehog window + sinks + linear"
+    pairs[name] = lambda: hedgehog(x, True), lambda: hedgehog(x, True, blocked)
+    pairs[f"{name}; not torch but ops, map before"] = pairs[name][0], lambda: hedgehog(x, False)
     rows = []
-    for name, form in forms.items():
-        both = {"ours": lambda form=form: form(ops)[0].sum().backward(), "torch": lambda form=form: form(blocked)[0].sum().backward()}
+    for name, (form, plain) in pairs.items():
+        both = {"ours": lambda form=form: form()[0].sum().backward(), "torch": lambda plain=plain: plain()[0].sum().backward()}
         best = minima(both, rounds)
-        saved = [saved_bytes(lambda form=form, m=m: form(m)) for m in (ops, blocked)]
+        saved = [saved_bytes(form), saved_bytes(plain)]
         rows.append({"op": f"{name}, forward + backward", "T": T, "ms": best["ours"] * 1e3, "torch / this": best["torch"] / best["ours"],
                      "saved MB": saved[0] / 1e6, "saved MB, torch": saved[1] / 1e6})  # fmt: skip
     return rows

@@ -47,6 +47,11 @@ def worst(found, wanted) -> tuple[float, float]:
     return forward, backward
 
 
+def name_of(row) -> str:
+    """The op, of rows with a feature map inside with "mapped" before it."""
+    return f"mapped {row.op}" if row.kind in grid.MAPPED else row.op
+
+
 def run_row(row: grid.Row, backends: list[str]):
     leaves, other = grid.tensors(row)
     fn = getattr(ops, row.op)
@@ -60,7 +65,7 @@ def run_row(row: grid.Row, backends: list[str]):
             else:
                 found = results(fn, leaves, other, torch.float32, backend)
         forward, backward = worst(found, wanted)
-        yield {"row": str(row), "op": row.op, "T": row.T, "backend": backend, "forward": forward, "backward": backward,
+        yield {"row": str(row), "op": name_of(row), "T": row.T, "backend": backend, "forward": forward, "backward": backward,
                "seconds": round(time.process_time() - started, 1)}  # fmt: skip
 
 
@@ -117,7 +122,7 @@ def main() -> None:
                 file.write(json.dumps(one) + "\n")
 
     rows = [*grid.steps(), *grid.grid()]
-    for row in [] if asked.table else [row for row in rows if row.op in chosen and (row.op in grid.STEPS or row.T in lengths)]:
+    for row in [] if asked.table else [row for row in rows if name_of(row) in chosen and (row.op in grid.STEPS or row.T in lengths)]:
         missing = [backend for backend in backends if (str(row), backend) not in done]
         for one in (run_step if row.op in grid.STEPS else run_row)(row, missing) if missing else []:
             keep(one)

@@ -6,7 +6,7 @@ One head, bf16, forward (or forward and backward). Unit: the bytes of q, k, v an
   memory    32-byte sectors touched by each launch, once each: what moves between memory and L2 when reuse inside a launch is perfect, between launches none
   L2        32-byte sectors of every access: what moves between L2 and the programs when nothing is reused
 --fla adds fla-core's ops of the same function where it is installed: the configurations it considers on compute capability 9.0, of these the one with
-the largest tiles. Where two of its ops and a merge are needed (window_linear), the merge is computed, not counted: it reads two outputs and writes one.
+the largest tiles. hedgehog, hedgehog_window: additive and window_linear with 2 D features made inside of D numbers. Where two of its ops and a merge are needed (window_linear), the merge is computed, not counted: it reads two outputs and writes one.
 """
 
 import argparse
@@ -49,6 +49,10 @@ def inputs(kind: str, T: int, D: int, backward: bool) -> SimpleNamespace:
 def ours(name: str, x: SimpleNamespace) -> list[torch.Tensor]:
     if name == "additive":
         return [functions.additive(x.q, x.k, x.v, x.gate)[0]]
+    if name == "hedgehog":
+        return [functions.additive(x.q, x.k, x.v, x.gate, feature_map="hedgehog_softmax")[0]]
+    if name == "hedgehog_window":
+        return [functions.window_linear(x.q, x.k, x.v, x.fq, x.fk, x.beta, x.gate, window=64, sinks=4, feature_map="hedgehog_softmax")[0]]
     if name == "delta":
         return [functions.delta(x.q, x.k, x.v, x.beta, x.gate)[0]]
     if name == "banded":
@@ -77,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--sizes", default="64,128")
-    parser.add_argument("--ops", default=",".join([*BARS, "banded"]))
+    parser.add_argument("--ops", default=",".join([*BARS, "banded", "hedgehog-none", "hedgehog_window-none"]))
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--fla", action="store_true", help="fla-core's ops as well")
     parser.add_argument("--json", type=Path)

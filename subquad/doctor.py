@@ -80,6 +80,9 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable,
     state = tensor(B, G, K, V, kind=full)
     for kind, gate in gates.items():
         yield "additive", f"decay {kind}", ops.additive, qkv | dict(log_decay=gate, scale=0.1, initial_state=state, output_final_state=True)
+    wide = tensor(B, G, 2 * K, V, kind=full)
+    inside = dict(feature_map="hedgehog_softmax", initial_state=wide, output_final_state=True)
+    yield "additive", "Hedgehog features inside", ops.additive, qkv | dict(log_decay=gates["scalar"]) | inside
     unit = torch.nn.functional.normalize(qkv["k_BTGK"].detach().float(), dim=-1).to(dtype).requires_grad_()
     keys = qkv | dict(k_BTGK=unit, beta_BTG=tensor(B, T, G, low=0, kind=full), scale=0.1, initial_state=state, output_final_state=True)
     for kind in ("none", "scalar"):
@@ -94,6 +97,9 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable,
             ops.window_linear,
             slots | more | dict(log_decay=gate, window=40, sinks=4, initial_state=memory, output_final_state=True),
         )
+    numbers = {"fq_BTHF": tensor(B, T, H, K), "fk_BXGF": tensor(B, T, G, K), "mix_BTH": more["mix_BTH"]}
+    inside |= dict(window=40, sinks=4, log_decay=gates["scalar"], initial_state=tensor(B, G, 2 * K, V + 1, low=0, kind=full))
+    yield "window_linear", "Hedgehog features inside", ops.window_linear, slots | numbers | inside
 
 
 def results(fn: Callable, arguments: dict, backend: str) -> tuple[list, dict]:

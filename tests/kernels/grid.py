@@ -13,16 +13,22 @@ import torch
 from kernels.test_ops import D64, decay, randn
 from torch.nn.functional import normalize
 
+from subquad.kernels.features import FUSED
+
 LENGTHS, SIZES, GROUPS = (1, 31, 64, 77, 250, 1000), (32, 64, 80, 128), (1, 3, 8)
 OTHER = {32: 64, 64: 80, 80: 48, 128: 32}  # V where K != V
 SCALAR = ("none", "scalar", "scalar strong", "scalar mixed")
 VECTOR = ("vector", "vector strong", "vector mixed")
+MAPPED = ("mapped", "mapped vector")  # a feature map inside, with a scalar or a vector decay; which map, the head size says
+MAPS = dict(zip(SIZES, FUSED, strict=True))
 KINDS = {
     "additive": SCALAR + VECTOR,
     "delta": (*SCALAR, "repeated"),  # repeated: three keys again and again, beta 1 - 1e-4, mixed gates
     "banded": ("inside", "given"),  # where the sinks are; given: a continued call
     "window_linear": SCALAR + VECTOR,
-}
+    "mapped additive": MAPPED,
+    "mapped window_linear": MAPPED,
+}  # the last word of a name is the op; every name is dealt out for itself
 STEPS = {
     "additive_step": ("none", "scalar", "vector"),
     "delta_step": ("none", "scalar"),
@@ -58,8 +64,9 @@ def columns(row: Row) -> list[tuple]:
 def pairs() -> list[Row]:
     """Fewest rows: of every op, each kind of gate at each length and each of two columns' values together at least once."""
     rows = []
-    for op, kinds in KINDS.items():
+    for name, kinds in KINDS.items():
         seen: set = set()
+        op = name.split()[-1]
         for (i, T), (j, kind) in itertools.product(enumerate(LENGTHS), enumerate(kinds)):
             for D in SIZES if op == "banded" else (SIZES[(i + j) % len(SIZES)],):
                 choices = [dealt(op, kind, T, D, *rest) for rest in REST]
@@ -73,7 +80,9 @@ def grid() -> list[Row]:
     """Every op, kind, length and size: the rows of `pairs` first, then the others."""
     first = pairs()
     taken = {(row.op, row.kind, row.T, row.D) for row in first}
-    places = [(op, kind, T, D) for T in LENGTHS for op, kinds in KINDS.items() for kind in kinds for D in SIZES]
+    plain = [name for name in KINDS if " " not in name]
+    mapped = [name for name in KINDS if " " in name]
+    places = [(name.split()[-1], kind, T, D) for names in (plain, mapped) for T in LENGTHS for name in names for kind in KINDS[name] for D in SIZES]
     return first + [dealt(*place, *REST[7 * n % len(REST)]) for n, place in enumerate(places) if place not in taken]
 
 
@@ -87,18 +96,29 @@ def tensors(row: Row) -> tuple[dict, dict]:
     B, G = 1 if row.packed or row.T > 100 else 2, 2 if row.R == 1 else 1
     N = 4 if row.packed else B
     cu = torch.tensor([0, 1, 1, max(1, row.T // 2), row.T]) if row.packed else None
+    mapped = {"feature_map": MAPS[row.D]} if row.kind in MAPPED else {}
     if row.op in ("additive", "delta"):
-        return linear(row, B, G, N), {"scale": 0.3, "output_final_state": True, "cu_seqlens": cu}
-    return windowed(row, B, G, N, cu)
+        return linear(row, B, G, N), {"scale": 0.3, "output_final_state": True, "cu_seqlens": cu} | mapped
+    leaves, other = windowed(row, B, G, N, cu)
+    return leaves, other | mapped
+
+
+def gate(kind: str, B: int, T: int, G: int, F: int):
+    return decay({"mapped": "scalar", "mapped vector": "vector"}.get(kind, kind), B, T, G, F)
+
+
+def features(row: Row, numbers: int) -> int:
+    """Of a head with as many numbers before the map, if there is one."""
+    return numbers * (FUSED[MAPS[row.D]].signs if row.kind in MAPPED else 1)
 
 
 def linear(row: Row, B: int, G: int, N: int) -> dict:
     T, K, V = row.T, row.D, row.V
-    k = randn(B, T, G, K)
+    k, F = randn(B, T, G, K), features(row, row.D)
     leaves = {"q_BTHK": randn(B, T, G * row.R, K), "k_BTGK": k, "v_BTGV": randn(B, T, G, V)}
-    leaves["initial_state"] = randn(N, G, K, V) if row.state else None
+    leaves["initial_state"] = randn(N, G, F, V) if row.state else None
     if row.op == "additive":
-        return leaves | {"log_decay": decay(row.kind, B, T, G, K)}
+        return leaves | {"log_decay": gate(row.kind, B, T, G, F)}
     k, beta = normalize(k, dim=-1), torch.rand(B, T, G, dtype=D64)
     if row.kind == "repeated":
         k, beta = k[:, torch.arange(T) % min(3, T)], torch.full_like(beta, 1 - 1e-4)
@@ -117,13 +137,14 @@ def windowed(row: Row, B: int, G: int, N: int, cu) -> tuple[dict, dict]:
         leaves |= {"sink_k_BNGK": randn(B, SINKS, G, K), "sink_v_BNGV": randn(B, SINKS, G, V)}
     if row.op == "banded":
         return leaves, other
-    F = 32 if T > 500 and row.kind in VECTOR else row.D
+    Y = 32 if T > 500 and "vector" in row.kind else row.D
     leaves |= {
-        "fq_BTHF": torch.rand(B, T, G * R, F, dtype=D64),
-        "fk_BXGF": torch.rand(B, T, G, F, dtype=D64),
+        "fq_BTHF": torch.rand(B, T, G * R, Y, dtype=D64),
+        "fk_BXGF": torch.rand(B, T, G, Y, dtype=D64),
         "mix_BTH": randn(B, T, G * R),
     }
-    leaves |= {"log_decay": decay(row.kind, B, T, G, F), "initial_state": torch.rand(N, G, F, V + 1, dtype=D64) if row.state else None}
+    F = features(row, Y)
+    leaves |= {"log_decay": gate(row.kind, B, T, G, F), "initial_state": torch.rand(N, G, F, V + 1, dtype=D64) if row.state else None}
     return leaves, other | {"output_final_state": True}
 
 

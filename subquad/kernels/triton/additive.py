@@ -32,12 +32,14 @@ def scan_tiles(K: int, V: int, decay: int, wide: bool, extra: bool, roomy: bool)
     if wide:
         return Tiles(16, min(pad(V), max(16, 4096 // BK)), 4, 1)
     BV = min(pad(V), max(16, (16384 if roomy else 8192) // (2 if extra else 1) // BK))
+    if BK > 128:  # 440 bytes of spills with chunks of 32
+        return Tiles(16, BV, 8, 1)
     return Tiles(32, BV, 8 if BK * BV > 4096 else 4, 2)
 
 
 def key_decay_columns(K: int, roomy: bool) -> int:
-    """BV of a state K x BV with a decay per key feature; 128 x 64 spills a few registers on compute capability 9.0 and none on 8.0."""
-    return max(16, (4096 if roomy else 8192) // pad(K))
+    """BV of a state K x BV with a decay per key feature; 128 x 64 spills a few registers on compute capability 9.0 and none on 8.0, 256 x 32 on 8.0."""
+    return max(16, (4096 if roomy or pad(K) > 128 else 8192) // pad(K))
 
 
 def launch_options(tiles: Tiles, mode: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Feature maps inside the kernels of ops 1 and 5 (subquad.kernels.features): phi of tiles, what a tile of columns needs of its rows, the way back.
 
-A tile with all of a row's numbers makes its own normaliser (`features`). Where the gradient of queries or keys is summed, features are the value axis and a
-program sees some columns: those are read one by one (`feature_columns`) beside the rows' normalisers, which one small kernel leaves before.
+A tile with all of a row's features makes its own normaliser (`read_features`). Where the gradient of queries or keys is summed, features are the value axis and a
+program sees some columns: those are read (`feature_columns`) beside the rows' normalisers, which one small kernel leaves before.
 
 Key: M rows (tokens times heads), Y numbers of a row, F = SIGNS Y features, BM and BY tiles of them.
 """
@@ -65,18 +65,53 @@ def sides(y, has_row, has_column, SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN:
 
 
 @triton.jit
-def features(y, has_row, has_column, BM: tl.constexpr, BY: tl.constexpr,
-             SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):  # fmt: skip
-    """phi [BM, SIGNS BY] of all of a row's numbers: those of y, then those of -y."""
-    plus, minus = sides(y, has_row, has_column, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+def row_norm(u, has_column, NORM: tl.constexpr, SIGNS: tl.constexpr):
+    """(log2 sum exp2 of u, of -u) per row, u [BM, BY] all of a row's exponents in log2."""
+    top, bottom = highest(u, has_column, NORM)
+    total = tl.sum(tl.where(has_column[None, :], tl.exp2(u - top[:, None]), 0.0), 1)
+    rest = total
     if SIGNS == 2:
-        plus = tl.reshape(tl.permute(tl.join(plus, minus), (0, 2, 1)), (BM, 2 * BY))
-    return plus
+        rest = tl.sum(tl.where(has_column[None, :], tl.exp2(-u - bottom[:, None]), 0.0), 1)
+        if NORM == 2:
+            total += rest
+            rest = total
+    return top + tl.log2(total), bottom + tl.log2(rest)
+
+
+@triton.jit
+def at_features(y, plus, rest, row, stride, index, has_row, has_index, Y: tl.constexpr,
+                NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):  # fmt: skip
+    """phi [BM, features] at features `index` of rows row * stride of y, one by one; plus, rest [BM]: normalisers of y's rows and of -y's."""
+    minus = index >= Y
+    u = read_tile(y, row, stride, tl.where(minus, index - Y, index), has_row, has_index).to(tl.float32) * (GAIN * LOG2E)
+    u = tl.where(minus[None, :], -u, u)
+    if NORM == 0:
+        u = tl.minimum(tl.maximum(u, -LIMIT * LOG2E), LIMIT * LOG2E)
+    else:
+        u -= tl.where(minus[None, :], rest[:, None], plus[:, None])
+    found = tl.exp2(u)
+    if FLOOR > 0:
+        found = tl.maximum(found, FLOOR)
+    return tl.where(has_row[:, None] & has_index[None, :], found, 0.0)
+
+
+@triton.jit
+def read_features(y, row, stride, index, numbers, has_row, has_index, has_number, Y: tl.constexpr,
+                  SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):  # fmt: skip
+    """phi of whole rows: `index` all their features, `numbers` [BY] what they are made of. The second read of a row comes from the nearest cache: a tile
+    put together from halves in registers took 64 bytes of spills where this takes none."""
+    if NORM == 0:
+        plus = tl.where(has_row, 0.0, 0.0)
+        rest = plus
+    else:
+        u = read_tile(y, row, stride, numbers, has_row, has_number).to(tl.float32) * (GAIN * LOG2E)
+        plus, rest = row_norm(u, has_number, NORM, SIGNS)
+    return at_features(y, plus, rest, row, stride, index, has_row, has_index, Y, NORM, GAIN, LIMIT, FLOOR)
 
 
 @triton.jit
 def feature_index(BF: tl.constexpr, F: tl.constexpr, SIGNS: tl.constexpr):
-    """(feature, is there one) of the columns of `features`: each sign is padded for itself."""
+    """(feature, is there one) of a tile of BF: each sign is padded for itself."""
     BY: tl.constexpr = BF // SIGNS
     Y: tl.constexpr = F // SIGNS
     column = tl.arange(0, BF)
@@ -84,47 +119,19 @@ def feature_index(BF: tl.constexpr, F: tl.constexpr, SIGNS: tl.constexpr):
 
 
 @triton.jit
-def feature_columns(y, norms, row, stride, column, has_row, has_column, Y: tl.constexpr,
+def feature_columns(y, norms, row, stride, index, has_row, has_index, Y: tl.constexpr,
                     SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):  # fmt: skip
-    """phi [BM, columns] at features `column` of rows row * stride of y; norms: log2 sum exp2 per row and sign, at row * stride / Y * SIGNS."""
-    minus = column >= Y
-    u = read_tile(y, row, stride, tl.where(minus, column - Y, column), has_row, has_column).to(tl.float32) * (GAIN * LOG2E)
-    u = tl.where(minus[None, :], -u, u)
+    """phi of some features of rows; norms: what `feature_kernel` left, per row and sign, at row * stride / Y * SIGNS."""
     if NORM == 0:
-        u = tl.minimum(tl.maximum(u, -LIMIT * LOG2E), LIMIT * LOG2E)
+        plus = tl.where(has_row, 0.0, 0.0)
+        rest = plus
     else:
         at = norms + row * (stride // Y * SIGNS)
-        low = tl.load(at, mask=has_row, other=0.0)
+        plus = tl.load(at, mask=has_row, other=0.0)
+        rest = plus
         if SIGNS == 2:
-            u -= tl.where(minus[None, :], tl.load(at + 1, mask=has_row, other=0.0)[:, None], low[:, None])
-        else:
-            u -= low[:, None]
-    found = tl.exp2(u)
-    if FLOOR > 0:
-        found = tl.maximum(found, FLOOR)
-    return tl.where(has_row[:, None] & has_column[None, :], found, 0.0)
-
-
-@triton.jit
-def norm_kernel(
-    y, norms, M, Y: tl.constexpr, BM: tl.constexpr, BY: tl.constexpr,
-    SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
-):  # fmt: skip
-    """norms [M, SIGNS] fp32 for `feature_columns`. Grid (M / BM)."""
-    start = tl.program_id(0).to(tl.int64) * BM
-    oi, oy = tl.arange(0, BM), tl.arange(0, BY)
-    here, my = start + oi < M, oy < Y
-    u = read_tile(y + start * Y, oi, Y, oy, here, my).to(tl.float32) * (GAIN * LOG2E)
-    top, bottom = highest(u, my, NORM)
-    total = tl.sum(tl.where(my[None, :], tl.exp2(u - top[:, None]), 0.0), 1)
-    at = norms + (start + oi) * SIGNS
-    if SIGNS == 2:
-        rest = tl.sum(tl.where(my[None, :], tl.exp2(-u - bottom[:, None]), 0.0), 1)
-        if NORM == 2:
-            total += rest
-            rest = total
-        tl.store(at + 1, bottom + tl.log2(rest), mask=here)
-    tl.store(at, top + tl.log2(total), mask=here)
+            rest = tl.load(at + 1, mask=has_row, other=0.0)
+    return at_features(y, plus, rest, row, stride, index, has_row, has_index, Y, NORM, GAIN, LIMIT, FLOOR)
 
 
 @triton.jit
@@ -138,66 +145,76 @@ def side_gradient(p, dp, mean, NORM: tl.constexpr, FLOOR: tl.constexpr):
 
 
 @triton.jit
-def feature_gradient_kernel(
-    y, dphi, weight, dy, dmix, M, Y: tl.constexpr, BM: tl.constexpr, BY: tl.constexpr, WEIGHT: tl.constexpr,
+def feature_kernel(
+    y, norms, dphi, weight, dy, dmix, M, Y: tl.constexpr, BM: tl.constexpr, BY: tl.constexpr, BACKWARD: tl.constexpr, WEIGHT: tl.constexpr,
     SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """dy [M, Y] from dphi [M, SIGNS Y] fp32. WEIGHT: dphi is the gradient of weight phi, and dmix [M] = weight sum phi dphi is left too. Grid (M / BM)."""
+    """What happens to rows outside the scans. Grid (M / BM).
+
+    Before them: norms [M, SIGNS] fp32 for `feature_columns`. BACKWARD, after them: dy [M, Y] from dphi [M, SIGNS Y] fp32; WEIGHT: dphi is the gradient of
+    weight phi, and dmix [M] = weight sum phi dphi is left too.
+    """
     start = tl.program_id(0).to(tl.int64) * BM
     oi, oy = tl.arange(0, BM), tl.arange(0, BY)
     here, my = start + oi < M, oy < Y
-    F: tl.constexpr = SIGNS * Y
-    b_y = read_tile(y + start * Y, oi, Y, oy, here, my)
-    plus, minus = sides(b_y, here, my, SIGNS, NORM, GAIN, LIMIT, FLOOR)
-    d_plus = read_tile(dphi + start * F, oi, F, oy, here, my)
-    d_minus = d_plus
-    if SIGNS == 2:
-        d_minus = read_tile(dphi + start * F + Y, oi, F, oy, here, my)
-    if WEIGHT:
-        w = tl.load(weight + start + oi, mask=here, other=0.0)[:, None]
-        d_plus *= w
-        d_minus *= w
-    mean = tl.sum(plus * d_plus, 1)
-    rest = mean
-    if SIGNS == 2:
-        rest = tl.sum(minus * d_minus, 1)
+    b_y = read_tile(y + start * Y, oi, Y, oy, here, my).to(tl.float32)
+    if BACKWARD:
+        F: tl.constexpr = SIGNS * Y
+        plus, minus = sides(b_y, here, my, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+        d_plus = read_tile(dphi + start * F, oi, F, oy, here, my)
+        d_minus = d_plus
+        if SIGNS == 2:
+            d_minus = read_tile(dphi + start * F + Y, oi, F, oy, here, my)
         if WEIGHT:
-            tl.store(dmix + start + oi, mean + rest, mask=here)
-        if NORM == 2:
-            mean += rest
-            rest = mean
-    elif WEIGHT:
-        tl.store(dmix + start + oi, mean, mask=here)
-    found = side_gradient(plus, d_plus, mean, NORM, FLOOR)
-    if SIGNS == 2:
-        found -= side_gradient(minus, d_minus, rest, NORM, FLOOR)
-    if NORM == 0:  # nor where the clamp holds it
-        found = tl.where(tl.abs(b_y.to(tl.float32)) * GAIN > LIMIT, 0.0, found)
-    write_tile(dy + start * Y, oi, Y, oy, here, my, found * GAIN)
+            w = tl.load(weight + start + oi, mask=here, other=0.0)[:, None]
+            d_plus *= w
+            d_minus *= w
+        mean = tl.sum(plus * d_plus, 1)
+        rest = mean
+        both = mean
+        if SIGNS == 2:
+            rest = tl.sum(minus * d_minus, 1)
+            both = mean + rest
+            if NORM == 2:
+                mean = both
+                rest = both
+        if WEIGHT:
+            tl.store(dmix + start + oi, both, mask=here)
+        found = side_gradient(plus, d_plus, mean, NORM, FLOOR)
+        if SIGNS == 2:
+            found -= side_gradient(minus, d_minus, rest, NORM, FLOOR)
+        if NORM == 0:  # no slope where the clamp holds the exponent
+            found = tl.where(tl.abs(b_y) * GAIN > LIMIT, 0.0, found)
+        write_tile(dy + start * Y, oi, Y, oy, here, my, found * GAIN)
+    else:
+        plus, rest = row_norm(b_y * (GAIN * LOG2E), my, NORM, SIGNS)
+        at = norms + (start + oi) * SIGNS
+        tl.store(at, plus, mask=here)
+        if SIGNS == 2:
+            tl.store(at + 1, rest, mask=here)
 
 
-def _launch(Y: int) -> dict[str, int]:
-    return dict(Y=Y, BM=max(16, 4096 // pad(Y)), BY=pad(Y), num_warps=4)
+def _launch(y: Tensor, feature_map: str, backward: bool, *given: Tensor | None) -> None:
+    """given: norms, dphi, weight, dy, dmix, as far as they are needed."""
+    Y, M = y.shape[-1], y.numel() // y.shape[-1]
+    BM = max(16, 4096 // pad(Y))
+    feature_kernel[(triton.cdiv(M, BM),)](
+        y, *(y if x is None else x for x in given), M, Y=Y, BM=BM, BY=pad(Y), BACKWARD=backward, WEIGHT=given[2] is not None,
+        **constants(feature_map), num_warps=4,
+    )  # fmt: skip
 
 
 def row_norms(y: Tensor, feature_map: str | None) -> Tensor | None:
     """[.., SIGNS] fp32 for kernels that read single columns; None where the map needs none."""
     if feature_map is None or FUSED[feature_map].norm == 0:
         return None
-    sizes = _launch(y.shape[-1])
     norms = y.new_empty(*y.shape[:-1], FUSED[feature_map].signs, dtype=torch.float32)
-    M = norms.numel() // norms.shape[-1]
-    norm_kernel[(triton.cdiv(M, sizes["BM"]),)](y, norms, M, **sizes, **constants(feature_map))
+    _launch(y, feature_map, False, norms, None, None, None, None)
     return norms
 
 
 def feature_gradient(y: Tensor, dphi: Tensor, feature_map: str, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """(gradient of y in its dtype, that of log weight or None). dphi [.., F] fp32: of phi, or of weight phi with weight [..] fp32."""
-    sizes = _launch(y.shape[-1])
-    dy, M = torch.empty_like(y), y.numel() // y.shape[-1]
-    dmix = None if weight is None else torch.empty_like(weight)
-    feature_gradient_kernel[(triton.cdiv(M, sizes["BM"]),)](
-        y, dphi, dphi if weight is None else weight, dy, dphi if weight is None else dmix, M, WEIGHT=weight is not None, **sizes,
-        **constants(feature_map),
-    )  # fmt: skip
+    dy, dmix = torch.empty_like(y), None if weight is None else torch.empty_like(weight)
+    _launch(y, feature_map, True, None, dphi, weight, dy, dmix)
     return dy, dmix

@@ -3,9 +3,12 @@
 Key: as in subquad.kernels.ops.
 """
 
+import inspect
 import os
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.triton.additive import Additive
@@ -76,12 +79,15 @@ def window_linear_step(
     return window_step(q, k, v, fq, mix, state, left_fk, left_v, *_f32(log_decay), scale, sink_k, sink_v)
 
 
+RANGES = "disable_licm" in inspect.signature(tl.range.__init__).parameters
 LARGEST_HEAD = 256  # sizes of keys, values and features the tiles are laid out for
 
 
 def why_not(op, args, kwargs):
     """Why this call cannot run here; None when it can."""
     q = args[0]
+    if not RANGES:
+        return f"triton {triton.__version__} is too old: its tl.range has no disable_licm"
     if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "its tensors are on the CPU and Triton needs a GPU (TRITON_INTERPRET=1 runs it, slowly, in Triton's interpreter)"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):

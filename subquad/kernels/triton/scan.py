@@ -24,7 +24,7 @@ Key: B batch, T tokens, H heads of this launch, K features, V columns, BT tokens
 import triton
 import triton.language as tl
 
-from subquad.kernels.triton.features import feature_columns, feature_index, features
+from subquad.kernels.triton.features import feature_columns, feature_index, read_features
 from subquad.kernels.triton.pieces import (
     causal_mask,
     fades,
@@ -68,8 +68,7 @@ def scan_kernel(
     YK: tl.constexpr = K // SIGNS if PHI == 1 else K
     YV: tl.constexpr = V // SIGNS if PHI == 2 else V
     if PHI == 1:
-        BY: tl.constexpr = BK // SIGNS
-        oy = tl.arange(0, BY)
+        oy = tl.arange(0, BK // SIGNS)
         my = oy < YK
         ok, mk = feature_index(BK, K, SIGNS)
     HQ: tl.constexpr = H // RQ
@@ -103,7 +102,7 @@ def scan_kernel(
             state = tl.where(i_h % RS == 0, state, 0.0)
             extra = tl.where(i_h % RS == 0, extra, 0.0)
 
-    for n in range(first, last):
+    for n in tl.range(first, last, disable_licm=True):
         i_t = chunks - 1 - n if REVERSE else n
         if MODE == 1:
             if n % SEG == 0:
@@ -116,7 +115,7 @@ def scan_kernel(
         has_q, has_k = (t < length) & (t - shift_q >= skip_q), (t < length) & (t - shift_k >= skip_k)
         at_k = (t0 - shift_k) * HK
         if PHI == 1:
-            b_k = features(read_tile(k + at_k * YK, oi, HK * YK, oy, has_k, my), has_k, my, BT, BY, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+            b_k = read_features(k + at_k * YK, oi, HK * YK, ok, oy, has_k, mk, my, YK, SIGNS, NORM, GAIN, LIMIT, FLOOR)
             if WEIGHT:
                 b_k *= tl.load(weight + at_k + oi * HK, mask=has_k, other=0.0)[:, None]
             b_k = b_k.to(v.dtype.element_ty)
@@ -148,8 +147,8 @@ def scan_kernel(
 
         if MODE != 1:
             if PHI == 1:
-                b_q = read_tile(q + (t0 - shift_q) * (HQ * YK), oi, HQ * YK, oy, has_q, my)
-                b_q = features(b_q, has_q, my, BT, BY, SIGNS, NORM, GAIN, LIMIT, FLOOR).to(b_v.dtype)
+                at_q = q + (t0 - shift_q) * (HQ * YK)
+                b_q = read_features(at_q, oi, HQ * YK, ok, oy, has_q, mk, my, YK, SIGNS, NORM, GAIN, LIMIT, FLOOR).to(b_v.dtype)
             else:
                 b_q = read_tile(q + (t0 - shift_q) * (HQ * K), oi, HQ * K, ok, has_q, mk).to(b_v.dtype)
             # What the chunk reads of its own tokens.

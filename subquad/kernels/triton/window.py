@@ -29,7 +29,8 @@ def linear_tiles(V: int, F: int, decay: int, wide: bool, roomy: bool) -> Tiles:
     """
     large = roomy and not wide and decay != KEYS and max(pad(F), pad(V)) <= 64
     BT = 64 if large else (16 if decay == KEYS or wide or max(pad(F), pad(V)) > 64 else 32)
-    return Tiles(BT, min(pad(V), max(16, (4096 if roomy and decay == KEYS else 8192) // pad(F))), 4 if BT >= 32 else 8, 1)
+    tight = roomy and decay == KEYS if pad(F) <= 128 else decay == SCALAR and not roomy  # what the compilers' figures say (docs/kernels_triton.md)
+    return Tiles(BT, min(pad(V), max(16, (4096 if tight else 8192) // pad(F))), 4 if BT >= 32 else 8, 1)
 
 
 @dataclass(frozen=True)
