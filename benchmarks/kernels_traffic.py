@@ -6,7 +6,8 @@ One head, bf16, forward (or forward and backward). Unit: the bytes of q, k, v an
   memory    32-byte sectors touched by each launch, once each: what moves between memory and L2 when reuse inside a launch is perfect, between launches none
   L2        32-byte sectors of every access: what moves between L2 and the programs when nothing is reused
 --fla adds fla-core's ops of the same function where it is installed: the configurations it considers on compute capability 9.0, of these the one with
-the largest tiles. hedgehog, hedgehog_window: additive and window_linear with 2 D features made inside of D numbers. Where two of its ops and a merge are needed (window_linear), the merge is computed, not counted: it reads two outputs and writes one.
+the largest tiles. Where two of its ops and a merge are needed (window_linear), the merge is computed, not counted: it reads two outputs and writes one.
+hedgehog, hedgehog_window: additive and window_linear with 2 D features made inside of D numbers.
 """
 
 import argparse
