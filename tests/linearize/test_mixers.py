@@ -44,6 +44,13 @@ CASES |= {
     "rodimus cache": ("rodimus", {"cache": 5}),
     "mamba2 cache": ("mamba2", {"cache": 5}),
 }
+# Bases under levels: every write that has them, every kind of decay, joint normalisers, exponents, key weights.
+LEVELLED = {
+    "linear": {}, "performer": {}, "hedgehog_exp": {"combine": "joint"}, "lolcats": {}, "retnet": {}, "l2vit": {}, "rala": {}, "gated_linear": {},
+    "gla": {"combine": "joint", "decay": "own_vector"}, "liger": {}, "mamba2": {}, "hgrn2": {}, "rodimus": {}, "gateloop": {}, "lizard": {},
+    "deltanet": {}, "gated_delta": {},
+}  # fmt: skip
+CASES |= {f"{name} levels": (name, {**options, "container": "levels"}) for name, options in LEVELLED.items()}
 every = pytest.mark.parametrize("case", CASES)
 
 
@@ -142,6 +149,20 @@ def test_gradients_are_the_definitions(case):
     assert len(list(mixer.parameters())) == sum(n not in TENSORS for n in found[0]), "a parameter gets no gradient"
     for name, gradient in found[0].items():
         assert_near(gradient, found[1][name], MIXER_GRADIENT, name)
+
+
+@pytest.mark.parametrize("name", LEVELLED)
+def test_levels_of_weight_one_are_the_base(name):
+    """As built, the container changes nothing: a converted layer can be upgraded as it stands."""
+    base = mixer_of(f"{name} levels")
+    plain, levelled = (build(name, base.shape, W, N, {**LEVELLED[name], **more}) for more in ({}, {"container": "levels"}))
+    missing = levelled.load_state_dict({n: p for n, p in base.state_dict().items() if not n.startswith("levels")}, strict=False)
+    plain.load_state_dict(levelled.state_dict(), strict=False)
+    assert set(missing.missing_keys) == {"levels.weight", "levels.bias"} == set(levelled.state_dict()) - set(plain.state_dict())
+    call = call_of(150)
+    with torch.no_grad():
+        assert_near(levelled(call), plain(call), 1e-5)
+        assert_near(run(levelled, call, [100, *range(101, 151)])[0], plain(call), 1e-5)
 
 
 CUTS = {

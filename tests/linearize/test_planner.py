@@ -115,6 +115,15 @@ PROBLEMS = {
     "a cache without a window": (dict(mixer="linear", options={"cache": 8, "combine": "alone"}), ["options.cache keeps pairs"]),
     "a cache and momentum": (dict(mixer="titans", options={"cache": 8}), ["options.cache keeps pairs"]),
     "a cache of less than nothing": (dict(mixer="gla", options={"cache": -1}), ["options.cache: got -1, allowed: 0 or more"]),
+    "levels of momentum": (
+        dict(mixer="titans", options={"container": "levels"}),
+        ["container levels goes with write additive or delta or step or convex or dual, got momentum"],
+    ),
+    "levels and counts": (dict(mixer="mala", options={"container": "levels"}), ["normaliser magnitude asks for sums over all tokens"]),
+    "partitions of the delta rule": (
+        dict(mixer="gated_delta", options={"container": "partitions"}),
+        ["write delta corrects what it wrote by key: container partitions"],
+    ),
     "phases with decays by channel": (dict(mixer="mamba", options={"position": "phase"}), ["write selective goes with normaliser none"]),
     "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert in 'llama': kept exact."]),
     "several": (

@@ -41,7 +41,7 @@ class Cell(Mixer):
         self.plain, self.one_pass, self.has_total = rows.position.plain, fits(p), has_total(p)
         self.kept_sizes, self.part_shapes = kept_sizes(shape, p), part_shapes(shape, p)
         self.early = rows.key_weight.rule is not None or rows.position.phases > 0  # remembers tokens before they leave the window
-        self.read = READS[rows.container.read or rows.write.read]
+        self.read = READS[rows.container.reads.get(rows.write.read, rows.write.read)]
         self._make_features(p)
         self._make_state(p)
         self._make_output(p)

@@ -94,6 +94,11 @@ class CombineRow:
         """Needs a sum of positive weights on the linear side."""
         return self.share is not None
 
+    @property
+    def older(self) -> bool:
+        """The linear branch sees a token when it leaves the window, not when it comes."""
+        return self.window
+
 
 COMBINES = {
     "joint": CombineRow("one normaliser, share from the layer input", "SEEDS 0.2, C02, G02", "mix", share=gate_share),

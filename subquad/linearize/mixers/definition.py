@@ -22,7 +22,7 @@ from subquad.linearize.mixers.base import AttentionCall, Mixer
 from subquad.linearize.mixers.cell import Cell
 from subquad.linearize.mixers.definition_cache import held_and_gone
 from subquad.linearize.mixers.definition_full import full_definition
-from subquad.linearize.mixers.levels import level_of
+from subquad.linearize.mixers.definition_levels import delta_levels, level_weights
 from subquad.linearize.mixers.shared_key import SharedKey
 from subquad.linearize.mixers.slots import DAMPING, LIMIT
 from subquad.linearize.mixers.window import Window
@@ -158,13 +158,7 @@ def weights_of(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
         route = mixer.routes(call.hidden_BTD)
         w = w * torch.einsum("btgp,bjgp->bgtj", route, route).unsqueeze(2)
     if mixer.pieces["container"] == "levels":
-        lag = 0 if mixer.pieces["combine"] == "alone" else mixer.window
-        first = 0 if mixer.pieces["combine"] == "alone" else mixer.sinks
-        weight = mixer.levels(call.hidden_BTD)  # [B, T, G, R, L]; written tokens are counted from 0
-        level = level_of(w.shape[-1])
-        for t in range(lag + first, w.shape[-1]):
-            span = t - lag - first
-            w[:, :, :, t, first : first + span + 1] *= weight[:, t][..., level[span, : span + 1]]
+        w = w * level_weights(mixer, call).permute(0, 3, 4, 1, 2)
     if mixer.pieces["key_weight"] == "competition":
         w = w * _competition(q, mixer.keys(call)).permute(0, 2, 1)[:, :, None, None]
     return w * older
@@ -240,6 +234,8 @@ def _delta(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
     T, v, out = q.shape[1], call.v_BTGV, []
     new = older & ~torch.cat([torch.zeros_like(older[..., :1, :]), older[..., :-1, :]], -2)  # [.., T, J]: written at t, one token at most
     new = new.to(q.dtype).expand(k.shape[0], k.shape[2], 1, T, T).squeeze(2)  # [B, G, T, J]
+    if mixer.pieces["container"] == "levels":
+        return delta_levels(mixer, call, q, k, beta, a, new)
     state = q.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])
     for t in range(T):
         at = new[:, :, t]

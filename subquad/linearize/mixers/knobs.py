@@ -72,17 +72,20 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
             "options.cache keeps pairs between window and state: it goes with a window, container plain, key_weight none, position keep or drop, "
             "a map that does not ask for positions, a normaliser without sums of its own and a write with one state."
         )
-    if p["container"] == "levels" and (
-        r.write.corrects or r.normaliser.counts or r.key_weight.rule or r.normaliser.per_feature or exponential
-    ):
-        found.append("container levels goes with write additive, normaliser sum, clamped or none, and a map without exponents.")
+    if r.container.reads and r.write.read not in r.container.reads:
+        writes = " or ".join(name for name, row in WRITES.items() if row.read in r.container.reads)
+        found.append(f"container {p['container']} goes with write {writes}, got {p['write']}: it has no form for another recurrence.")
+    if p["container"] == "levels" and (r.normaliser.counts or r.normaliser.per_feature):
+        found.append(
+            f"normaliser {p['normaliser']} asks for sums over all tokens, which container levels keeps in blocks; use sum, clamped or none."
+        )
     if r.write.corrects:
         if not r.feature_map.unit:
             found.append(f"write {p['write']} needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}.")
         if joint:
             found.append(f"write {p['write']} goes with combine gated, added or alone, not {p['combine']}.")
         if r.container.times or r.key_weight.rule:
-            found.append(f"write {p['write']} goes with container plain and key_weight none.")
+            found.append(f"write {p['write']} corrects what it wrote by key: container partitions and key weights do not go with it.")
     elif (joint or r.normaliser.divides) and (not r.feature_map.positive or r.position.phases):
         found.append(
             f"combine {p['combine']} with normaliser {p['normaliser']} divides by a sum of features and needs a positive map without "
@@ -111,3 +114,16 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
     if r.key_weight.rule and (exponential or not per_channel(p)):
         found.append(f"key_weight {p['key_weight']} needs a feature map with one feature per key channel.")
     return [f"mixer {name!r}: {problem}" for problem in found]
+
+
+def clashes_both_ways(name: str, p: dict[str, Any]) -> list[str]:
+    """The same about a cell without a direction (bidirectional.py), which is one total sum or two scans."""
+    r = rows_of(p)
+    wrong = [key for key in ("write", "container", "cache") if p[key] != DEFAULTS[key]]
+    wrong += ["position"] if r.position.phases else []
+    wrong += ["decay"] if r.decay.module is not None and (r.decay.vector or r.decay.reads != "hidden") else []
+    return [f"mixer {name!r}: {key} {p[key]} has a direction, and the model's attention has none: use {key} {_both(key)}." for key in wrong]
+
+
+def _both(key: str) -> str:
+    return {"position": "keep or drop", "decay": "none, or one per head"}.get(key, str(DEFAULTS[key]))

@@ -2,6 +2,9 @@
 
     y_t = sum_l lambda_t^(l) q_t^T S_t^(l),   lambda = softplus(W x + b), 1 at the start: then it is the base it wraps
 
+The base is any state that a token changes by a matrix and a sum of its own: every level is turned by the matrix, level 0 gets the sum. Here bases that
+only fade; delta_levels.py has the delta rule.
+
 Level 0 holds token t alone. Tokens 0..t-1 are cut by the bits of t: where bit b is set, level b + 1 holds the 2^b tokens that end where the lower
 bits begin. Tokens are counted as they are written. The highest level keeps all that is older.
 
@@ -66,9 +69,20 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def read_steps(
-    q: Tensor, k: Tensor, v: Tensor, log: Tensor | None, weight: Tensor, on_BT: Tensor, states: Tensor, written_B: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log: Tensor | None,
+    weight: Tensor,
+    on_BT: Tensor,
+    states: Tensor,
+    written_B: Tensor,
+    beta_BTG: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same one token at a time from states [B, L, G, F, V] of `written` tokens: (y, states, written). Rows without a token stay as they are."""
+    """The same one token at a time from states [B, L, G, F, V] of `written` tokens: (y, states, written). Rows without a token stay as they are.
+
+    With beta (0 in such rows) the token also takes off what the states say about its key: the delta rule.
+    """
     log, out, place = _vector(log, k), [], torch.arange(LEVELS, device=k.device)
     for t in range(k.shape[1]):
         on = on_BT[:, t]
@@ -81,6 +95,10 @@ def read_steps(
         states = states.masked_fill(closing[..., None, None, None], 0.0) + moved * target
         states = states * log[:, t].exp()[:, None, :, :, None]
         fresh = k[:, t, :, :, None] * v[:, t, :, None] * on[:, None, None, None]
+        if beta_BTG is not None:
+            push = beta_BTG[:, t, :, None, None] * k[:, t, :, :, None]  # [B, G, F, 1]
+            states = states - push.unsqueeze(1) * torch.einsum("bgf,blgfv->blgv", k[:, t], states).unsqueeze(3)
+            fresh = fresh * beta_BTG[:, t, :, None, None]
         states = torch.cat([states[:, :1] + fresh.unsqueeze(1), states[:, 1:]], 1)
         written_B = written_B + on
         out.append(torch.einsum("bgrf,blgfv,bgrl->bgrv", q[:, t], states, weight[:, t]))

@@ -155,6 +155,10 @@ MIXERS = {
         "scalar-gated linear attention over blocks of growing size, each with a weight", "B06", "Log-Linear Attention (2025)",
         feature_map="hedgehog_softmax2", decay="scalar", container="levels",
     ),
+    "log_linear_delta": _cell(
+        "gated delta rule over blocks of growing size, each with a weight", "B06", "Log-Linear Attention (2025), Gated DeltaNet form",
+        feature_map="silu_unit", decay="own_scalar", write="delta", container="levels", output="norm_gate",
+    ),
     "gateloop": _cell(
         "complex decays", "B09", "GateLoop (2023)", feature_map="identity", decay="own_vector", position="phase", normaliser="none", output="norm_gate"
     ),

@@ -12,6 +12,7 @@ from torch import Tensor
 from subquad.kernels.ops import additive, additive_step, delta, delta_step
 from subquad.linearize.mixers.base import AttentionCall
 from subquad.linearize.mixers.combine import TINY
+from subquad.linearize.mixers.delta_levels import read_all_delta
 from subquad.linearize.mixers.key_weights import NOTHING, running
 from subquad.linearize.mixers.levels import read_all, read_steps
 from subquad.linearize.mixers.local import one_token
@@ -121,18 +122,19 @@ def _scan(cell, call: AttentionCall, stream: Stream, given: tuple[Tensor, ...], 
     return y
 
 
-def _levels(cell, call: AttentionCall, stream: Stream, given: tuple[Tensor, ...], parts: Parts) -> Tensor:
-    """In training all rows start with nothing written, so the first written token stands at the same place in all of them."""
+def _levels(cell, call: AttentionCall, stream: Stream, given: tuple[Tensor, ...], parts: Parts, beta: Tensor | None = None) -> Tensor:
+    """beta: of the delta rule. In training all rows start with nothing written, so the first written token stands at the same place in all of them."""
     weight = cell.levels(call.hidden_BTD)
     if call.state is not None:
-        y, parts["sums"], written = read_steps(*given, weight, stream.on_BT, parts["sums"], parts["written"].long())
+        y, parts["sums"], written = read_steps(*given, weight, stream.on_BT, parts["sums"], parts["written"].long(), beta)
         parts["written"] = written.float()
         return y
     q, k, v, decay = given
-    first = cell.window + cell.sinks if cell.rows.combine.window else 0
+    first = cell.window + cell.sinks if cell.rows.combine.older else 0
     y = torch.zeros(*q.shape[:4], v.shape[-1], dtype=q.dtype, device=q.device)
     if q.shape[1] > first:
-        rest = read_all(*(x[:, first:] for x in (q, k, v)), None if decay is None else decay[:, first:], weight[:, first:])
+        *sums, decay, weight = (None if x is None else x[:, first:] for x in (q, k, v, decay, weight))
+        rest = read_all(*sums, decay, weight) if beta is None else read_all_delta(*sums, beta[:, first:], decay, weight)
         y = torch.cat([y[:, :first], rest], 1)
     return y
 
@@ -148,6 +150,11 @@ def read_delta(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Par
     q, k, v = _plain(cell, call, stream, now, parts)
     y, parts["sums"] = _delta(q, k, v, _beta(stream), log_decay(cell, call, stream), parts["sums"])
     return Sums(y), 0.0
+
+
+def read_delta_levels(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
+    given = (*_plain(cell, call, stream, now, parts), log_decay(cell, call, stream))
+    return Sums(_levels(cell, call, stream, given, parts, _beta(stream))), 0.0
 
 
 def read_momentum(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
@@ -202,6 +209,7 @@ READS = {
     "additive": read_additive,
     "levels": read_levels,
     "delta": read_delta,
+    "delta_levels": read_delta_levels,
     "momentum": read_momentum,
     "selective": read_selective,
     "gated_slots": read_gated_slots,
