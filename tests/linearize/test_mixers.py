@@ -51,6 +51,12 @@ LEVELLED = {
     "deltanet": {}, "gated_delta": {},
 }  # fmt: skip
 CASES |= {f"{name} levels": (name, {**options, "container": "levels"}) for name, options in LEVELLED.items()}
+# Others that come before the window in the place of beside it; every kind of part, gate and query map.
+FIRST = {
+    "t2r": {}, "performer": {}, "gsa": {}, "abc": {}, "sse": {}, "log_linear": {}, "log_linear_delta": {}, "gated_deltanet": {}, "hgrn2": {},
+    "flowformer": {}, "gateloop": {}, "mamba": {}, "gla": {"position": "drop"},
+}  # fmt: skip
+CASES |= {f"{name} first": (name, {**options, "combine": "sequential"}) for name, options in FIRST.items()}
 every = pytest.mark.parametrize("case", CASES)
 
 
@@ -114,7 +120,7 @@ def test_head_sizes_and_query_groups(case):
 
 
 # The window's own arithmetic is the same for all; these read and write beside it in different ways.
-BESIDE = "window window_linear gla gated_delta gated_deltanet nha performer flowformer mala swat delta_attention".split()
+BESIDE = "window window_linear gla gated_delta gated_deltanet nha performer flowformer mala swat delta_attention rodimus_plus".split()
 
 
 @pytest.mark.parametrize("case", BESIDE)
@@ -330,7 +336,9 @@ def test_large_logits_stay_finite(case, times):
     assert all(x.grad.isfinite().all() for x in (*leaves.values(), *mixer.parameters()) if x.grad is not None)
 
 
-BY_WINDOW = [case for case in CASES if MIXERS[CASES[case][0]].exact == "a window as long as the text"]
+BY_WINDOW = [
+    case for case in CASES if MIXERS[CASES[case][0]].exact == "a window as long as the text" and "sequential" not in CASES[case][1].values()
+]
 
 
 @pytest.mark.parametrize("case", [case for case in BY_WINDOW if CASES[case][0] not in ("swat", "nsa")])
@@ -362,6 +370,10 @@ def set_bias(value):
     return change
 
 
+def nothing_added(mixer):
+    mixer.enrich.bias.data.fill_(float("-inf"))
+
+
 def nsa_window_only(mixer):
     mixer.gate.weight.data.zero_()
     mixer.gate.bias.data.copy_(torch.tensor([-40.0, -40.0, 40.0]).repeat(mixer.shape.kv_heads * mixer.shape.groups))
@@ -373,6 +385,8 @@ EXACT = {
     "moba": (W, {"top": 100}, lambda mixer: None),
     "nsa": (200, {}, nsa_window_only),
     "delta_attention": (W, {"stride": 1}, lambda mixer: None),
+    "rodimus_plus": (200, {}, nothing_added),
+    "titans_mal": (200, {}, nothing_added),
     "scalable_softmax": (W, {}, None),  # at its length of reference
     "fox": (W, {}, set_bias(40.0)),
     "softmax1": (W, {}, lambda mixer: mixer.p.data.fill_(-40.0)),

@@ -113,6 +113,10 @@ PROBLEMS = {
     ),
     "a cache with slots": (dict(mixer="gsa", options={"cache": 8}), ["cache 8 does not go with slots"]),
     "a cache without a window": (dict(mixer="linear", options={"cache": 8, "combine": "alone"}), ["options.cache keeps pairs"]),
+    "a cache behind the branch": (
+        dict(mixer="rodimus_plus", options={"cache": 8}),
+        ["it goes with a window that tokens leave for the state"],
+    ),
     "a cache and momentum": (dict(mixer="titans", options={"cache": 8}), ["options.cache keeps pairs"]),
     "a cache of less than nothing": (dict(mixer="gla", options={"cache": -1}), ["options.cache: got -1, allowed: 0 or more"]),
     "levels of momentum": (

@@ -66,11 +66,11 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
         wrong += ["position"] if r.position.phases else []
         return [f"mixer {name!r}: {key} {p[key]} does not go with slots, which have gates and a softmax of their own." for key in wrong]
     found = []
-    alone = not r.combine.window or p["container"] != "plain" or r.key_weight.rule or r.position.phases or r.feature_map.positions
+    alone = not r.combine.older or p["container"] != "plain" or r.key_weight.rule or r.position.phases or r.feature_map.positions
     if p["cache"] and (alone or r.normaliser.counts or r.normaliser.per_feature or r.write.bare or r.write.more):
         found.append(
-            "options.cache keeps pairs between window and state: it goes with a window, container plain, key_weight none, position keep or drop, "
-            "a map that does not ask for positions, a normaliser without sums of its own and a write with one state."
+            "options.cache keeps pairs between window and state: it goes with a window that tokens leave for the state, container plain, key_weight none, "
+            "position keep or drop, a map that does not ask for positions, a normaliser without sums of its own and a write with one state."
         )
     if r.container.reads and r.write.read not in r.container.reads:
         writes = " or ".join(name for name, row in WRITES.items() if row.read in r.container.reads)
@@ -83,7 +83,7 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
         if not r.feature_map.unit:
             found.append(f"write {p['write']} needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}.")
         if joint:
-            found.append(f"write {p['write']} goes with combine gated, added or alone, not {p['combine']}.")
+            found.append(f"write {p['write']} goes with combine gated, added, sequential or alone, not {p['combine']}.")
         if r.container.times or r.key_weight.rule:
             found.append(f"write {p['write']} corrects what it wrote by key: container partitions and key weights do not go with it.")
     elif (joint or r.normaliser.divides) and (not r.feature_map.positive or r.position.phases):

@@ -24,6 +24,11 @@ def _cell(about: str, seeds: str, paper: str, needs: str = "attention transfer",
     return Preset(about, seeds, "cell", {"combine": "gated", "mass": -2.0, **pieces}, paper, needs, directions=directions)
 
 
+def _sequential(about: str, seeds: str, paper: str, **pieces: Any) -> Preset:
+    exact = "the gate's bias to -infinity and a window as long as the text"
+    return Preset(about, seeds, "cell", {"combine": "sequential", "mass": -4.0, **pieces}, paper, exact=exact)
+
+
 def _full(about: str, seeds: str, paper: str, needs: str = "nothing", exact: str = "", **pieces: Any) -> Preset:
     return Preset(about, seeds, "full", pieces, paper, needs, exact)
 
@@ -167,6 +172,14 @@ MIXERS = {
         feature_map="identity", decay="own_vector", position="selective", normaliser="none", output="norm",
     ),
     # --- hybrids ---
+    "rodimus_plus": _sequential(
+        "two gates that share a temperature, then a window over the values they enrich", "B07 K9", "Rodimus+ (2024), recurrence then window",
+        feature_map="unit_norm", decay="dual", write="dual", normaliser="none", output="norm_gate",
+    ),
+    "titans_mal": _sequential(
+        "gated delta rule with momentum, then a window over the values it enriches", "B15 K9", "Titans (2024), MAL with linear memory",
+        feature_map="unit", decay="own_scalar", write="momentum",
+    ),
     "lizard": _cell(
         "window plus gated linear attention without rotation", "C01", "Lizard (2025)",
         feature_map="hedgehog_exp", decay="scalar", position="drop", combine="added", mass=-4.0,
