@@ -165,6 +165,16 @@ def test_softmax_slots():
     assert_near(parts["values"] / total, values, MIXER)
 
 
+def test_delta_slots():
+    """Its slots' keys and values are two of their gated delta rules, with the slots' vector in the place of the key."""
+    mixer, _, memory, z = slots("delta_slots")
+    gates = torch.sigmoid(mixer.beta(randn(B, T, D))).squeeze(-1), mixer.decay(randn(B, T, D))
+    s, parts = torch.nn.functional.normalize(z.exp(), dim=-1), memory_parts(mixer, memory)
+    for name, x in (("sums", k), ("values", v)):
+        _, last = naive("gated_delta_rule", "naive_recurrent_gated_delta_rule")(s, s, x, beta=gates[0], g=gates[1], output_final_state=True)
+        assert_near(parts[name], last, MIXER, name)
+
+
 def memory_parts(mixer, memory: torch.Tensor) -> dict[str, torch.Tensor]:
     return open_parts(memory, mixer.part_shapes, memory)
 

@@ -57,6 +57,15 @@ FIRST = {
     "flowformer": {}, "gateloop": {}, "mamba": {}, "gla": {"position": "drop"},
 }  # fmt: skip
 CASES |= {f"{name} first": (name, {**options, "combine": "sequential"}) for name, options in FIRST.items()}
+# Slots around the recurrences that have them.
+SLOTTED = {
+    "none": ("abc", {}), "scalar": ("abc", {"decay": "scalar"}), "fixed": ("abc", {"decay": "fixed", "position": "keep"}),
+    "own_vector": ("abc", {"decay": "own_vector"}), "vector, logits": ("nha", {"decay": "vector"}), "step": ("abc", {"decay": "step_size", "write": "step"}),
+    "dual": ("abc", {"decay": "dual", "write": "dual", "output": "norm_gate"}), "joint": ("gsa", {"combine": "joint", "decay": "scalar"}),
+    "delta": ("abc", {"write": "delta"}), "delta, now": ("nha", {"write": "delta", "decay": "scalar", "slots": 16}),
+    "delta first": ("delta_slots", {"combine": "sequential"}),
+}  # fmt: skip
+CASES |= {f"slots {what}": (name, {**options, "container": "slots"}) for what, (name, options) in SLOTTED.items()}
 every = pytest.mark.parametrize("case", CASES)
 
 
@@ -169,6 +178,15 @@ def test_levels_of_weight_one_are_the_base(name):
     with torch.no_grad():
         assert_near(levelled(call), plain(call), 1e-5)
         assert_near(run(levelled, call, [100, *range(101, 151)])[0], plain(call), 1e-5)
+
+
+def test_slots_around_plain_sums_are_abc():
+    wrapped, call = mixer_of("slots none"), call_of(100)
+    own = build("abc", wrapped.shape, W, N)
+    own.load_state_dict(wrapped.state_dict())
+    with torch.no_grad():
+        assert_near(wrapped(call), own(call), 1e-5)
+        assert_near(run(wrapped, call, [90, *range(91, 101)])[0], own(call), 1e-5)
 
 
 CUTS = {

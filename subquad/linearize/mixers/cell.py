@@ -79,7 +79,7 @@ class Cell(Mixer):
         if rows.combine.gate:
             setattr(self, rows.combine.gate, COMBINE_GATES[rows.combine.gate](self.shape, p["mass"]))
         # A state that corrects itself holds values as they are: nothing to divide by, but reads have a size of their own.
-        bare = rows.write.corrects
+        bare = rows.write.corrects and not rows.container.slots
         if not rows.combine.joint:
             self.normalise = Normaliser("none" if bare else p["normaliser"], shape)
             self.output = None if rows.output.module is None else rows.output.module(shape, p["rank"])

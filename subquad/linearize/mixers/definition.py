@@ -25,8 +25,8 @@ from subquad.linearize.mixers.combine import asked_once
 from subquad.linearize.mixers.definition_cache import held_and_gone
 from subquad.linearize.mixers.definition_full import full_definition
 from subquad.linearize.mixers.definition_levels import delta_levels, level_weights
+from subquad.linearize.mixers.definition_slots import slot_weights
 from subquad.linearize.mixers.shared_key import SharedKey
-from subquad.linearize.mixers.slots import DAMPING, LIMIT
 from subquad.linearize.mixers.window import Window
 
 
@@ -284,29 +284,3 @@ def _selective(mixer: Cell, call: AttentionCall, q: Tensor, k: Tensor, lag: int,
         fade = torch.exp(-A[None, None] * gone[:, :, :, None])
         out.append(torch.einsum("bgrf,bjgf,bjgv,bjgfv->bgrv", q[:, t], k[:, j], dt[:, j] * call.v_BTGV[:, j], fade))
     return torch.stack(out, 1)
-
-
-def slot_weights(mixer: Cell, call: AttentionCall, older: Tensor) -> tuple[Tensor, Tensor]:
-    """(w [B, G, R, T, J], sum over slots of e^(slot logit) times the share of token j in that slot; the sum of e^(slot logit) alone).
-
-    Shares of a slot need not add up to one. One token at a time."""
-    lag, first = (mixer.window, mixer.sinks) if mixer.rows.combine.older else (0, 0)
-    z, q, k = mixer.slot(call.hidden_BTD), mixer.queries(call), mixer.keys(call)
-    B, T, G, M = z.shape
-    share = z.new_zeros(B, G, M, T)  # of token j in slot m
-    seen = z.new_full((B, G, M), float("-inf"))
-    out, totals = [], []
-    for t in range(T):
-        j = t - lag
-        if j >= first and mixer.pieces["container"] == "gated_slots":
-            f = torch.sigmoid(z[:, j]) ** (1 / DAMPING)
-            share = share * f[..., None] + (1 - f)[..., None] * (torch.arange(T) == j)
-        elif j >= first:
-            now = torch.logaddexp(seen, z[:, j].clamp(-LIMIT, LIMIT))
-            share = share * (seen - now).exp()[..., None] + (z[:, j].clamp(-LIMIT, LIMIT) - now).exp()[..., None] * (torch.arange(T) == j)
-            seen = now
-        keys = torch.einsum("bgmj,bjgk->bgmk", share, k)
-        logits = torch.einsum("bgrk,bgmk->bgrm", q[:, t], keys) * call.scale
-        out.append(torch.einsum("bgrm,bgmj->bgrj", logits.exp(), share))
-        totals.append(logits.exp().sum(-1, keepdim=True) * (j >= first))
-    return torch.stack(out, 3) * older, torch.stack(totals, 3)

@@ -62,19 +62,14 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
     r = rows_of(p)
     joint, exponential = r.combine.joint, bool(r.feature_map.exponential)
     if r.container.slots:
-        wrong = [key for key in ("decay", "write", "normaliser", "key_weight", "cache") if p[key] != DEFAULTS[key]]
-        wrong += ["position"] if r.position.phases else []
-        return [f"mixer {name!r}: {key} {p[key]} does not go with slots, which have gates and a softmax of their own." for key in wrong]
-    found = []
+        return [f"mixer {name!r}: {problem}" for problem in slot_clashes(p, r)]
+    found = recurrence_clashes(p, r)
     alone = not r.combine.older or p["container"] != "plain" or r.key_weight.rule or r.position.phases or r.feature_map.positions
     if p["cache"] and (alone or r.normaliser.counts or r.normaliser.per_feature or r.write.bare or r.write.more):
         found.append(
             "options.cache keeps pairs between window and state: it goes with a window that tokens leave for the state, container plain, key_weight none, "
             "position keep or drop, a map that does not ask for positions, a normaliser without sums of its own and a write with one state."
         )
-    if r.container.reads and r.write.read not in r.container.reads:
-        writes = " or ".join(name for name, row in WRITES.items() if row.read in r.container.reads)
-        found.append(f"container {p['container']} goes with write {writes}, got {p['write']}: it has no form for another recurrence.")
     if p["container"] == "levels" and (r.normaliser.counts or r.normaliser.per_feature):
         found.append(
             f"normaliser {p['normaliser']} asks for sums over all tokens, which container levels keeps in blocks; use sum, clamped or none."
@@ -91,8 +86,6 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
             f"combine {p['combine']} with normaliser {p['normaliser']} divides by a sum of features and needs a positive map without "
             f"phases; got {p['feature_map']}, {p['position']}. Use normaliser none with an output norm."
         )
-    if r.write.decays is not None and p["decay"] not in r.write.decays:
-        found.append(f"write {p['write']} goes with decay {' or '.join(r.write.decays)}, got {p['decay']}.")
     if r.decay.module is not None and (r.normaliser.counts or r.normaliser.per_feature):
         found.append(f"normaliser {p['normaliser']} counts tokens, so nothing may fade: use decay none, not {p['decay']}.")
     if exponential and not joint and not r.normaliser.divides:
@@ -116,14 +109,43 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
     return [f"mixer {name!r}: {problem}" for problem in found]
 
 
+def recurrence_clashes(p: dict[str, Any], r: Rows) -> list[str]:
+    """Write, decay and what holds their state."""
+    found = []
+    if r.container.reads and r.write.read not in r.container.reads:
+        writes = " or ".join(
+            name for name, row in WRITES.items() if row.read in r.container.reads and not (row.complement and r.container.slots)
+        )
+        found.append(f"container {p['container']} goes with write {writes}, got {p['write']}: it has no form for another recurrence.")
+    if r.write.decays is not None and p["decay"] not in r.write.decays:
+        found.append(f"write {p['write']} goes with decay {' or '.join(r.write.decays)}, got {p['decay']}.")
+    return found
+
+
+def slot_clashes(p: dict[str, Any], r: Rows) -> list[str]:
+    """Slots hold keys and values, so there is nothing to map or to divide; some have gates of their own in the place of decay and write."""
+    held = ("feature_map", "normaliser", "key_weight", "cache")
+    wrong = [key for key in (("decay", "write") if r.container.own else ()) + held if p[key] != DEFAULTS[key]]
+    wrong += ["position"] if r.position.phases else []
+    gates = "gates and a softmax" if r.container.own else "a softmax"
+    found = [f"{key} {p[key]} does not go with slots, which have {gates} of their own: use {_neutral(key)}." for key in wrong]
+    if r.container.own:
+        return found
+    if r.decay.reads == "key":
+        found.append(
+            f"decay {p['decay']} has one number per key channel, and container {p['container']} asks for one per slot or per head."
+        )
+    return found + recurrence_clashes(p, r)
+
+
 def clashes_both_ways(name: str, p: dict[str, Any]) -> list[str]:
     """The same about a cell without a direction (bidirectional.py), which is one total sum or two scans."""
     r = rows_of(p)
     wrong = [key for key in ("write", "container", "cache") if p[key] != DEFAULTS[key]]
     wrong += ["position"] if r.position.phases else []
     wrong += ["decay"] if r.decay.module is not None and (r.decay.vector or r.decay.reads != "hidden") else []
-    return [f"mixer {name!r}: {key} {p[key]} has a direction, and the model's attention has none: use {key} {_both(key)}." for key in wrong]
+    return [f"mixer {name!r}: {key} {p[key]} has a direction, and the model's attention has none: use {_neutral(key)}." for key in wrong]
 
 
-def _both(key: str) -> str:
-    return {"position": "keep or drop", "decay": "none, or one per head"}.get(key, str(DEFAULTS[key]))
+def _neutral(key: str) -> str:
+    return "position keep or drop" if key == "position" else f"{key} {DEFAULTS[key]}"

@@ -117,6 +117,10 @@ MIXERS = {
     ),
     "gsa": _cell("slots read by a softmax, gated", "B02", "Gated Slot Attention (2024)", container="gated_slots", position="drop"),
     "abc": _cell("slots read by a softmax, written by one", "Dependencies", "ABC (2021)", container="softmax_slots", position="drop"),
+    "delta_slots": _cell(
+        "slots written by a gated delta rule, read by a softmax", "K11 B01 B02", "no paper: the two passes of GSA with Gated DeltaNet's recurrence in both",
+        decay="own_scalar", write="delta", container="slots", position="drop",
+    ),
     "mamba": _cell(
         "a decay for every feature and value channel", "B03", "Mamba (2023)",
         feature_map="identity", write="selective", normaliser="none", output="norm_gate", position="drop",

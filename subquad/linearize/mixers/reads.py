@@ -19,7 +19,16 @@ from subquad.linearize.mixers.local import one_token
 from subquad.linearize.mixers.normalisers import EPS, Sums
 from subquad.linearize.mixers.partitions import routed
 from subquad.linearize.mixers.positions import turned
-from subquad.linearize.mixers.slots import gated_slots, slot_logits, softmax_parts, softmax_slots
+from subquad.linearize.mixers.slots import (
+    corrected,
+    gated_slots,
+    slot_logits,
+    slot_totals,
+    slot_writes,
+    softmax_parts,
+    softmax_slots,
+    unit_writes,
+)
 from subquad.linearize.mixers.steps import momentum_steps, selective_steps
 from subquad.linearize.mixers.stream import Stream
 from subquad.linearize.mixers.writes import complement
@@ -193,6 +202,30 @@ def read_softmax_slots(cell, call: AttentionCall, stream: Stream, now: Parts, pa
     return _read_slots(cell, call, stream, parts, write, None, total.clamp_min(TINY).unsqueeze(3))
 
 
+def read_written_slots(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
+    write, log = slot_writes(stream.kept["slot"], stream.on_BT) * stream.kept.get("strength", 1.0), _slot_fade(cell, call, stream)
+    total, parts["total"] = slot_totals(write, log, parts["total"])
+    return _read_slots(cell, call, stream, parts, write, log, total.clamp_min(TINY).unsqueeze(3))
+
+
+def read_delta_slots(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
+    s, beta, log = unit_writes(stream.kept["slot"], stream.on_BT), _beta(stream), log_decay(cell, call, stream)
+    k = corrected(stream.kept.get("plain", stream.k).float(), s, beta, log, parts["sums"])
+    logits, parts["sums"] = slot_logits(cell.queries(call), k, s, _slot_fade(cell, call, stream), parts["sums"])
+    weights, total, log_scale = softmax_parts(logits * call.scale)
+    y, parts["values"] = _delta(weights, s, stream.v.float(), beta, log, parts["values"])
+    return Sums(y, total), log_scale
+
+
+def _slot_fade(cell, call: AttentionCall, stream: Stream) -> Tensor | None:
+    """[B, T, G, M]: log decay of the slots."""
+    log = log_decay(cell, call, stream)
+    if log is None:
+        return None
+    log = log if log.dim() == 4 else log.unsqueeze(-1)
+    return log.expand(*log.shape[:3], stream.kept["slot"].shape[-1])
+
+
 def _read_slots(
     cell, call: AttentionCall, stream: Stream, parts: Parts, write_BTGM: Tensor, log_f: Tensor | None, total_BTG1M: Tensor | None = None
 ) -> Read:
@@ -214,6 +247,8 @@ READS = {
     "selective": read_selective,
     "gated_slots": read_gated_slots,
     "softmax_slots": read_softmax_slots,
+    "slots": read_written_slots,
+    "delta_slots": read_delta_slots,
 }
 
 
