@@ -10,29 +10,26 @@ Key: as in levels.py; N chunks, C chunk size.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.kernels.additive import _chunks, wide
 from subquad.kernels.ops import delta
-from subquad.linearize.mixers.levels import DENSE, LEVELS, level_of
+from subquad.linearize.mixers.levels import DENSE, Places, level_of
 
 
-def read_all_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log: Tensor | None, weight: Tensor) -> Tensor:
-    """y [B, T, G, R, V] of a text from its first written token on; beta, log [B, T, G], weight [B, T, G, R, L]; O(T log T)."""
-    T = k.shape[1]
-    log = torch.zeros_like(beta) if log is None else log
-    size = max(1 << (T - 1).bit_length(), 2)  # filled up by tokens that write and turn nothing
-    q, k, v, beta, log, weight = (F.pad(x, (0, 0) * (x.dim() - 2) + (0, size - T)) for x in (q, k, v, beta, log, weight))
-    block = min(DENSE, size)
+def read_all_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log: Tensor | None, weight: Tensor, before: int = 0) -> Tensor:
+    """y [B, T, G, R, V] of tokens among themselves, `before` others come first; beta, log [B, T, G], weight [B, T, G, R, L]; O(T log T)."""
+    places = Places(k.shape[1], before)
+    q, k, v, beta, log, weight = places.fill(q, k, v, beta, torch.zeros_like(beta) if log is None else log, weight)
+    block = min(DENSE, places.chunk)
     out, states = _inside(q, k, v, beta, log, weight, block)
-    while block < size:
+    while block < places.size:
         second = [x.unflatten(1, (-1, 2, block))[:, :, 1] for x in (q, k, beta, log, weight)]  # [B, n, block, ..]
         y, states = _pairs(*second[:4], states)
-        y = y * second[4][..., min(block.bit_length(), LEVELS - 1)].unsqueeze(-1)
+        y = y * second[4][..., places.level(block)].unsqueeze(-1)
         out = out + torch.stack([torch.zeros_like(y), y], 2).flatten(1, 3)
         block *= 2
-    return out[:, :T]
+    return places.cut(out)
 
 
 def _inside(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log: Tensor, weight: Tensor, C: int) -> tuple[Tensor, Tensor]:

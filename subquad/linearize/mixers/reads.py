@@ -14,6 +14,7 @@ from subquad.linearize.mixers.base import AttentionCall
 from subquad.linearize.mixers.combine import TINY
 from subquad.linearize.mixers.delta_levels import read_all_delta
 from subquad.linearize.mixers.key_weights import NOTHING, running
+from subquad.linearize.mixers.level_blocks import read_block, together
 from subquad.linearize.mixers.levels import read_all, read_steps
 from subquad.linearize.mixers.local import one_token
 from subquad.linearize.mixers.normalisers import EPS, Sums
@@ -135,7 +136,12 @@ def _levels(cell, call: AttentionCall, stream: Stream, given: tuple[Tensor, ...]
     """beta: of the delta rule. In training all rows start with nothing written, so the first written token stands at the same place in all of them."""
     weight = cell.levels(call.hidden_BTD)
     if call.state is not None:
-        y, parts["sums"], written = read_steps(*given, weight, stream.on_BT, parts["sums"], parts["written"].long(), beta)
+        on, states, written = stream.on_BT, parts["sums"], parts["written"].long()
+        place = together(on, written)
+        if place is None:
+            y, parts["sums"], written = read_steps(*given, weight, on, states, written, beta)
+        else:
+            y, parts["sums"], written = read_block(*given, weight, on, states, place, beta)
         parts["written"] = written.float()
         return y
     q, k, v, decay = given
