@@ -52,7 +52,7 @@ def plan(
         layers = [f.index for f in found if f.kind in CONVERTIBLE] or None
     if not any(f.causal for f in found) and MIXERS[mixer].uses == "cell":
         options = {**options, "combine": "alone"}  # an encoder reads all tokens at once: there is nothing older than a window
-        pieces(mixer, options)
+        pieces(mixer, options, both_ways="bidirectional" in MIXERS[mixer].directions)  # other presets are refused as a whole below
     rows = [_layer(f, mixer, window, sinks, heads.get(f.index, ()), layers) for f in found]
     raise_all(_refusals(rows, config.model_type))
     if not any(row.mixer for row in rows):

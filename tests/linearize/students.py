@@ -17,8 +17,8 @@ import subquad
 from subquad.linearize.params import mixer_parameters
 
 # Presets that between them use every way in which a mixer meets the seam, the state and the folder: window only, joint and gated, decays and
-# delta, gates kept with the window, un-rotated keys, several parts of memory, tied maps.
-PRESETS = ("window", "window_linear", "gla", "gated_delta", "nha", "flowformer", "performer", "kernelized", "gateloop")
+# delta, gates kept with the window, un-rotated keys, several parts of memory, tied maps, values changed before they are kept.
+PRESETS = ("window", "window_linear", "gla", "gated_delta", "nha", "flowformer", "performer", "kernelized", "gateloop", "rodimus_plus")
 
 
 def randomise(model: PreTrainedModel, std: float = 0.3) -> PreTrainedModel:

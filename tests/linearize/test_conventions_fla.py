@@ -22,6 +22,7 @@ from subquad.kernels.delta import delta_chunk
 from subquad.linearize.mixers import build
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
 from subquad.linearize.mixers.decays import Fixed, KeyGate
+from subquad.linearize.mixers.delta_levels import read_all_delta
 from subquad.linearize.mixers.feature_maps import quadratic
 from subquad.linearize.mixers.levels import LEVELS, read_all
 from subquad.linearize.mixers.memory import open_parts
@@ -164,6 +165,16 @@ def test_softmax_slots():
     assert_near(parts["values"] / total, values, MIXER)
 
 
+def test_delta_slots():
+    """Its slots' keys and values are two of their gated delta rules, with the slots' vector in the place of the key."""
+    mixer, _, memory, z = slots("delta_slots")
+    gates = torch.sigmoid(mixer.beta(randn(B, T, D))).squeeze(-1), mixer.decay(randn(B, T, D))
+    s, parts = torch.nn.functional.normalize(z.exp(), dim=-1), memory_parts(mixer, memory)
+    for name, x in (("sums", k), ("values", v)):
+        _, last = naive("gated_delta_rule", "naive_recurrent_gated_delta_rule")(s, s, x, beta=gates[0], g=gates[1], output_final_state=True)
+        assert_near(parts[name], last, MIXER, name)
+
+
 def memory_parts(mixer, memory: torch.Tensor) -> dict[str, torch.Tensor]:
     return open_parts(memory, mixer.part_shapes, memory)
 
@@ -173,6 +184,17 @@ def test_log_linear():
     scales = randn(B, T, H, LEVELS).abs()
     out = naive("log_linear_attn", "naive_log_linear_attn")(q, k, v, scalar, scales[..., :9])
     own = read_all(q.unsqueeze(3), k, v, scalar, scales.unsqueeze(3))
+    assert_near(own.squeeze(3), out, MIXER)
+
+
+def test_log_linear_delta():
+    """They have no log-linear delta rule: their mask of levels times the matrix of their gated delta rule, one of its columns a run with one value."""
+    scales, H_ = randn(B, T, H, LEVELS).abs(), importlib.import_module("fla.ops.log_linear_attn.naive").construct_H_matrix
+    rule, eye = naive("gated_delta_rule", "naive_recurrent_gated_delta_rule"), torch.eye(T).expand(B, H, T, T).transpose(1, 2)
+    matrix, _ = rule(q, unit_k, eye, beta=beta, g=scalar)  # [B, T, H, J]: the weight of token j for t
+    mask = H_(torch.zeros(B, H, T), scales[..., :9].permute(0, 2, 3, 1))
+    out = torch.einsum("bthj,bhtj,bjhv->bthv", matrix, mask, v)
+    own = read_all_delta(own_q, unit_k, v, beta, scalar, scales.unsqueeze(3))
     assert_near(own.squeeze(3), out, MIXER)
 
 

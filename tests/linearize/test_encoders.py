@@ -181,5 +181,9 @@ def test_refusals(tiny_llama, tmp_path):
     assert not (tmp_path / "student").exists()
     with pytest.raises(UserError, match="is bidirectional and mixer 'gated_delta' is not"):
         subquad.plan(encoder("bert"), mixer="gated_delta")
+    with pytest.raises(UserError, match="container levels has a direction, and the model's attention has none: use container plain"):
+        subquad.plan(encoder("bert"), mixer="linear", options={"container": "levels"})
+    with pytest.raises(UserError, match=r"decay vector has a direction.*: use decay none"):
+        subquad.plan(encoder("bert"), mixer="linear", options={"decay": "vector"})
     with pytest.raises(UserError, match="is causal and mixer 'lion_s' is not"):
         subquad.plan(tiny_llama, mixer="lion_s")

@@ -44,6 +44,28 @@ CASES |= {
     "rodimus cache": ("rodimus", {"cache": 5}),
     "mamba2 cache": ("mamba2", {"cache": 5}),
 }
+# Bases under levels: every write that has them, every kind of decay, joint normalisers, exponents, key weights.
+LEVELLED = {
+    "linear": {}, "performer": {}, "hedgehog_exp": {"combine": "joint"}, "lolcats": {}, "retnet": {}, "l2vit": {}, "rala": {}, "gated_linear": {},
+    "gla": {"combine": "joint", "decay": "own_vector"}, "liger": {}, "mamba2": {}, "hgrn2": {}, "rodimus": {}, "gateloop": {}, "lizard": {},
+    "deltanet": {}, "gated_delta": {},
+}  # fmt: skip
+CASES |= {f"{name} levels": (name, {**options, "container": "levels"}) for name, options in LEVELLED.items()}
+# Others that come before the window in the place of beside it; every kind of part, gate and query map.
+FIRST = {
+    "t2r": {}, "performer": {}, "gsa": {}, "abc": {}, "sse": {}, "log_linear": {}, "log_linear_delta": {}, "gated_deltanet": {}, "hgrn2": {},
+    "flowformer": {}, "gateloop": {}, "mamba": {}, "gla": {"position": "drop"},
+}  # fmt: skip
+CASES |= {f"{name} first": (name, {**options, "combine": "sequential"}) for name, options in FIRST.items()}
+# Slots around the recurrences that have them.
+SLOTTED = {
+    "none": ("abc", {}), "scalar": ("abc", {"decay": "scalar"}), "fixed": ("abc", {"decay": "fixed", "position": "keep"}),
+    "own_vector": ("abc", {"decay": "own_vector"}), "vector, logits": ("nha", {"decay": "vector"}), "step": ("abc", {"decay": "step_size", "write": "step"}),
+    "dual": ("abc", {"decay": "dual", "write": "dual", "output": "norm_gate"}), "joint": ("gsa", {"combine": "joint", "decay": "scalar"}),
+    "delta": ("abc", {"write": "delta"}), "delta, now": ("nha", {"write": "delta", "decay": "scalar", "slots": 16}),
+    "delta first": ("delta_slots", {"combine": "sequential"}),
+}  # fmt: skip
+CASES |= {f"slots {what}": (name, {**options, "container": "slots"}) for what, (name, options) in SLOTTED.items()}
 every = pytest.mark.parametrize("case", CASES)
 
 
@@ -107,7 +129,7 @@ def test_head_sizes_and_query_groups(case):
 
 
 # The window's own arithmetic is the same for all; these read and write beside it in different ways.
-BESIDE = "window window_linear gla gated_delta gated_deltanet nha performer flowformer mala swat delta_attention".split()
+BESIDE = "window window_linear gla gated_delta gated_deltanet nha performer flowformer mala swat delta_attention rodimus_plus".split()
 
 
 @pytest.mark.parametrize("case", BESIDE)
@@ -142,6 +164,29 @@ def test_gradients_are_the_definitions(case):
     assert len(list(mixer.parameters())) == sum(n not in TENSORS for n in found[0]), "a parameter gets no gradient"
     for name, gradient in found[0].items():
         assert_near(gradient, found[1][name], MIXER_GRADIENT, name)
+
+
+@pytest.mark.parametrize("name", LEVELLED)
+def test_levels_of_weight_one_are_the_base(name):
+    """As built, the container changes nothing: a converted layer can be upgraded as it stands."""
+    base = mixer_of(f"{name} levels")
+    plain, levelled = (build(name, base.shape, W, N, {**LEVELLED[name], **more}) for more in ({}, {"container": "levels"}))
+    missing = levelled.load_state_dict({n: p for n, p in base.state_dict().items() if not n.startswith("levels")}, strict=False)
+    plain.load_state_dict(levelled.state_dict(), strict=False)
+    assert set(missing.missing_keys) == {"levels.weight", "levels.bias"} == set(levelled.state_dict()) - set(plain.state_dict())
+    call = call_of(150)
+    with torch.no_grad():
+        assert_near(levelled(call), plain(call), 1e-5)
+        assert_near(run(levelled, call, [100, *range(101, 151)])[0], plain(call), 1e-5)
+
+
+def test_slots_around_plain_sums_are_abc():
+    wrapped, call = mixer_of("slots none"), call_of(100)
+    own = build("abc", wrapped.shape, W, N)
+    own.load_state_dict(wrapped.state_dict())
+    with torch.no_grad():
+        assert_near(wrapped(call), own(call), 1e-5)
+        assert_near(run(wrapped, call, [90, *range(91, 101)])[0], own(call), 1e-5)
 
 
 CUTS = {
@@ -309,7 +354,9 @@ def test_large_logits_stay_finite(case, times):
     assert all(x.grad.isfinite().all() for x in (*leaves.values(), *mixer.parameters()) if x.grad is not None)
 
 
-BY_WINDOW = [case for case in CASES if MIXERS[CASES[case][0]].exact == "a window as long as the text"]
+BY_WINDOW = [
+    case for case in CASES if MIXERS[CASES[case][0]].exact == "a window as long as the text" and "sequential" not in CASES[case][1].values()
+]
 
 
 @pytest.mark.parametrize("case", [case for case in BY_WINDOW if CASES[case][0] not in ("swat", "nsa")])
@@ -341,6 +388,10 @@ def set_bias(value):
     return change
 
 
+def nothing_added(mixer):
+    mixer.enrich.bias.data.fill_(float("-inf"))
+
+
 def nsa_window_only(mixer):
     mixer.gate.weight.data.zero_()
     mixer.gate.bias.data.copy_(torch.tensor([-40.0, -40.0, 40.0]).repeat(mixer.shape.kv_heads * mixer.shape.groups))
@@ -352,6 +403,8 @@ EXACT = {
     "moba": (W, {"top": 100}, lambda mixer: None),
     "nsa": (200, {}, nsa_window_only),
     "delta_attention": (W, {"stride": 1}, lambda mixer: None),
+    "rodimus_plus": (200, {}, nothing_added),
+    "titans_mal": (200, {}, nothing_added),
     "scalable_softmax": (W, {}, None),  # at its length of reference
     "fox": (W, {}, set_bias(40.0)),
     "softmax1": (W, {}, lambda mixer: mixer.p.data.fill_(-40.0)),

@@ -14,6 +14,9 @@ TOGETHER = {
         ("gla", {"decay": "key", "normaliser": "none"}, ("focused", "normed", "polynomial")),
         ("flowformer", {}, ("polynomial",)),
         ("gla", {"container": "levels", "normaliser": "none", "position": "phase"}, ("identity",)),
+        ("log_linear", {"combine": "alone"}, ("hedgehog_softmax2",)),
+        ("log_linear_delta", {"combine": "alone"}, ("silu_unit",)),
+        ("log_linear_delta", {"combine": "added", "output": "norm", "position": "drop"}, ("unit",)),
     )
     for m in maps
 }

@@ -113,8 +113,40 @@ PROBLEMS = {
     ),
     "a cache with slots": (dict(mixer="gsa", options={"cache": 8}), ["cache 8 does not go with slots"]),
     "a cache without a window": (dict(mixer="linear", options={"cache": 8, "combine": "alone"}), ["options.cache keeps pairs"]),
+    "a cache behind the branch": (
+        dict(mixer="rodimus_plus", options={"cache": 8}),
+        ["it goes with a window that tokens leave for the state"],
+    ),
     "a cache and momentum": (dict(mixer="titans", options={"cache": 8}), ["options.cache keeps pairs"]),
     "a cache of less than nothing": (dict(mixer="gla", options={"cache": -1}), ["options.cache: got -1, allowed: 0 or more"]),
+    "slots of momentum": (
+        dict(mixer="abc", options={"container": "slots", "write": "momentum", "decay": "own_scalar"}),
+        ["container slots goes with write additive or delta or step or dual, got momentum"],
+    ),
+    "slots and decays of the key": (
+        dict(mixer="abc", options={"container": "slots", "decay": "pooled_key"}),
+        ["decay pooled_key has one number per key channel, and container slots asks for one per slot or per head."],
+    ),
+    "slots, features and vectors": (
+        dict(mixer="gated_delta", options={"container": "slots", "decay": "vector"}),
+        [
+            "feature_map unit does not go with slots, which have a softmax",
+            "write delta goes with decay none or scalar or own_scalar, got vector.",
+        ],
+    ),
+    "slots with gates and features": (
+        dict(mixer="gsa", options={"feature_map": "elu1"}),
+        ["does not go with slots, which have gates and a softmax"],
+    ),
+    "levels of momentum": (
+        dict(mixer="titans", options={"container": "levels"}),
+        ["container levels goes with write additive or delta or step or convex or dual, got momentum"],
+    ),
+    "levels and counts": (dict(mixer="mala", options={"container": "levels"}), ["normaliser magnitude asks for sums over all tokens"]),
+    "partitions of the delta rule": (
+        dict(mixer="gated_delta", options={"container": "partitions"}),
+        ["write delta corrects what it wrote by key: container partitions"],
+    ),
     "phases with decays by channel": (dict(mixer="mamba", options={"position": "phase"}), ["write selective goes with normaliser none"]),
     "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert in 'llama': kept exact."]),
     "several": (

@@ -4,7 +4,7 @@ from typing import Any
 
 from subquad.errors import UserError
 from subquad.linearize.mixers.base import HeadShape, Mixer
-from subquad.linearize.mixers.knobs import DEFAULTS, KNOB_CHOICES, clashes
+from subquad.linearize.mixers.knobs import DEFAULTS, KNOB_CHOICES, clashes, clashes_both_ways
 from subquad.linearize.mixers.presets import MIXERS, Preset
 from subquad.linearize.mixers.score_weights import WEIGHTS
 from subquad.registry import check_name, lookup, nearest
@@ -41,8 +41,9 @@ def causal() -> tuple[str, ...]:
     return tuple(name for name, preset in MIXERS.items() if "causal" in preset.directions)
 
 
-def pieces(name: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The preset's pieces with the user's options on top. Raises UserError for unknown names, options or values, all at once."""
+def pieces(name: str, options: dict[str, Any] | None = None, both_ways: bool = False) -> dict[str, Any]:
+    """The preset's pieces with the user's options on top; both_ways: for attention without a direction. Raises UserError for unknown names,
+    options or values, all at once."""
     check_name("mixer", name, MIXERS)
     preset, problems = MIXERS[name], []
     choices = CHOICES.get(preset.uses, {})
@@ -62,6 +63,7 @@ def pieces(name: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
     merged = {**preset.pieces, **(options or {})}
     if not problems and preset.uses == "cell":
         problems += clashes(name, {**DEFAULTS, **merged})
+        problems += clashes_both_ways(name, {**DEFAULTS, **merged}) if both_ways and not problems else []
     if problems:
         raise UserError(*problems)
     return merged

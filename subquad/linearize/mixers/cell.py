@@ -2,9 +2,13 @@
 
     tokens older than the window -> feature map, positions -> key weight -> decay, write -> read -> normaliser, output -> combine
 
+or with the window behind it: all tokens -> the same -> added to the values -> window (combine.py, sequential).
+
 A file per knob with a table, a row per choice (knobs.py joins them); presets (presets.py) name the rows. This file knows no row by its name.
 Key: as in base.py; F features of a head, M slots, P partitions.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -12,12 +16,12 @@ from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, HeadShape, Mixer
 from subquad.linearize.mixers.bidirectional import whole_sequence
-from subquad.linearize.mixers.combine import COMBINE_GATES, COMBINES, join, some_older
+from subquad.linearize.mixers.combine import COMBINE_GATES, COMBINES, asked_once, join, some_older
 from subquad.linearize.mixers.feature_maps import make_map
 from subquad.linearize.mixers.knobs import DEFAULTS, map_options, rows_of
 from subquad.linearize.mixers.local import Local, local_attention, plain_position
 from subquad.linearize.mixers.memory import base_features, close_parts, has_total, kept_sizes, open_parts, part_shapes
-from subquad.linearize.mixers.normalisers import Normaliser
+from subquad.linearize.mixers.normalisers import Normaliser, Sums
 from subquad.linearize.mixers.one_pass import fits, in_one_pass
 from subquad.linearize.mixers.positions import Phases
 from subquad.linearize.mixers.reads import READS
@@ -38,10 +42,11 @@ class Cell(Mixer):
         super().__init__(shape, window, sinks)
         p = self.pieces = {**DEFAULTS, **given}
         rows = self.rows = rows_of(p)
+        self.asking = replace(shape, groups=1) if rows.combine.first else shape  # the queries that the state answers
         self.plain, self.one_pass, self.has_total = rows.position.plain, fits(p), has_total(p)
         self.kept_sizes, self.part_shapes = kept_sizes(shape, p), part_shapes(shape, p)
         self.early = rows.key_weight.rule is not None or rows.position.phases > 0  # remembers tokens before they leave the window
-        self.read = READS[rows.container.read or rows.write.read]
+        self.read = READS[rows.container.reads.get(rows.write.read, rows.write.read)]
         self._make_features(p)
         self._make_state(p)
         self._make_output(p)
@@ -51,14 +56,14 @@ class Cell(Mixer):
     def _make_features(self, p: dict) -> None:
         if self.rows.container.slots:
             return
-        G, R, K = self.shape.kv_heads, self.shape.groups, self.shape.key
+        G, R, K = self.asking.kv_heads, self.asking.groups, self.asking.key
         self.map_q = make_map(p["feature_map"], "q", (G, R), K, map_options(p))
         self.map_k = make_map(p["feature_map"], "k", (G,), K, map_options(p))
         if hasattr(self.map_q, "tie"):
             self.map_q.tie(self.map_k)
 
     def _make_state(self, p: dict) -> None:
-        rows, shape, base = self.rows, self.shape, base_features(self.shape, p)
+        rows, shape, base = self.rows, self.asking, base_features(self.shape, p)
         self.decay = None if rows.decay.module is None else rows.decay.module(shape, base, p["rank"])
         for name in rows.write.gates:
             setattr(self, name, WRITE_GATES[name].make(shape, p["rank"]))
@@ -70,11 +75,11 @@ class Cell(Mixer):
             self.phases = Phases(shape, base // rows.position.phases, p["rank"], ladder=rows.position.phases == 2)
 
     def _make_output(self, p: dict) -> None:
-        rows, shape = self.rows, self.shape
+        rows, shape = self.rows, self.asking
         if rows.combine.gate:
-            setattr(self, rows.combine.gate, COMBINE_GATES[rows.combine.gate](shape, p["mass"]))
+            setattr(self, rows.combine.gate, COMBINE_GATES[rows.combine.gate](self.shape, p["mass"]))
         # A state that corrects itself holds values as they are: nothing to divide by, but reads have a size of their own.
-        bare = rows.write.corrects
+        bare = rows.write.corrects and not rows.container.slots
         if not rows.combine.joint:
             self.normalise = Normaliser("none" if bare else p["normaliser"], shape)
             self.output = None if rows.output.module is None else rows.output.module(shape, p["rank"])
@@ -92,6 +97,8 @@ class Cell(Mixer):
         before = call.state.memory if call.state is not None else None
         parts = open_parts(before, self.part_shapes, call.k_BTGK)
         position = positions(call, seen(call))
+        if self.rows.combine.first:
+            return self.in_sequence(call, position, parts)
         kept, now = self.own_step(call, position, parts)
         local = None
         if self.rows.combine.window:
@@ -110,6 +117,17 @@ class Cell(Mixer):
         if call.state is not None:
             call.state.memory = close_parts(parts)
         return out.to(call.v_BTGV.dtype)
+
+    def in_sequence(self, call: AttentionCall, position: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """The window over values that what the state answers has been added to."""
+        one = asked_once(call)
+        kept, now = self.own_step(one, position, parts)
+        linear = self.finished(self.read(self, one, whole(one, kept, position), now, parts)[0], call)
+        share = torch.sigmoid(self.enrich(call.hidden_BTD)).unsqueeze(-1)
+        value = (call.v_BTGV.float() + share * linear.squeeze(3)).to(call.v_BTGV.dtype)
+        if call.state is not None:
+            call.state.memory = close_parts(parts)
+        return local_attention(replace(call, v_BTGV=value), self.window, self.sinks).output().to(value.dtype)
 
     def own_step(self, call: AttentionCall, position: Tensor, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(kept with the tokens of this call until they are written, what their queries need now): name -> [B, T, G, *], in the order of
@@ -149,15 +167,18 @@ class Cell(Mixer):
         if row.joint:
             share = row.share(self, call, local, sums.total, log_scale)
             return join(local, stream.on_BT, sums.y, sums.total, share + log_scale)
-        linear = self.normalise(sums)
-        if self.output is not None:
-            linear = self.output(linear, call.hidden_BTD)
-        if self.read_scale is not None:
-            linear = linear * self.read_scale.float().unsqueeze(-1)
+        linear = self.finished(sums, call)
         if local is None:
             return linear
         share = (torch.sigmoid(self.mix(call.hidden_BTD)) * some_older(stream.on_BT)).unsqueeze(-1)
         return row.mix(local.output(), linear, share)
+
+    def finished(self, sums: Sums, call: AttentionCall) -> Tensor:
+        """What the state answers, through normaliser and output: [B, T, G, R, V]."""
+        linear = self.normalise(sums)
+        if self.output is not None:
+            linear = self.output(linear, call.hidden_BTD)
+        return linear if self.read_scale is None else linear * self.read_scale.float().unsqueeze(-1)
 
     # --- sizes -------------------------------------------------------------------------------------------------------------------------
 
@@ -167,7 +188,8 @@ class Cell(Mixer):
 
     @classmethod
     def extra_size(cls, shape: HeadShape, **pieces) -> int:
-        return sum(kept_sizes(shape, {**DEFAULTS, **pieces}).values())
+        p = {**DEFAULTS, **pieces}
+        return sum(kept_sizes(shape, p).values()) if COMBINES[p["combine"]].older else 0  # written at once, nothing has to wait
 
     @classmethod
     def kept_tokens(cls, tokens: int, window: int, sinks: int, **pieces) -> tuple[int, int]:

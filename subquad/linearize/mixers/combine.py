@@ -5,14 +5,16 @@
     logits      the same with e^mu = 1: the linear branch has logits of its own (slots, codewords)
     gated       (1 - g) window + g linear, g = sigmoid(W x)
     added       window + s linear, s = sigmoid(W x)
+    sequential  window over v'_j = v_j + s_j linear_j, linear over all tokens up to j asked by the group's mean query, s = sigmoid(W x) per key/value head
     alone       linear over all tokens; no window, no sinks
 
-As long as no token has left the window, the output is the window's. Key: B batch, T tokens, G key/value heads, R query heads per key/value head.
+As long as no token has left the window, the output is the window's; with sequential it is where s = 0.
+Key: B batch, T tokens, G key/value heads, R query heads per key/value head.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -38,7 +40,12 @@ def head_factor(shape: HeadShape, mass: float) -> nn.Parameter:
     return nn.Parameter(torch.full((shape.kv_heads, shape.groups), -2.197))
 
 
-COMBINE_GATES = {"mix": token_gate, "factor": head_factor}
+def value_gate(shape: HeadShape, mass: float) -> nn.Module:
+    """A number per token and key/value head from the layer input; `mass` at the start."""
+    return InputGate(shape.hidden, (shape.kv_heads,), mass)
+
+
+COMBINE_GATES = {"mix": token_gate, "factor": head_factor, "enrich": value_gate}
 
 # --- log weight of the linear branch under a joint normaliser: (cell, call, local, Z [B, T, G, R], log scale taken out of Z) -> [B, T, G, R] ----
 
@@ -88,11 +95,17 @@ class CombineRow:
     share: Callable[..., Tensor] | None = None  # one normaliser for both: the branch's log weight under it
     mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (window, linear, sigmoid of the gate) of two outputs
     window: bool = True
+    first: bool = False  # the branch comes first, over all tokens: what it reads goes into the values that the window keeps
 
     @property
     def joint(self) -> bool:
         """Needs a sum of positive weights on the linear side."""
         return self.share is not None
+
+    @property
+    def older(self) -> bool:
+        """The linear branch sees a token when it leaves the window, not when it comes."""
+        return self.window and not self.first
 
 
 COMBINES = {
@@ -101,8 +114,15 @@ COMBINES = {
     "logits": CombineRow("one softmax over the window's and the branch's logits", "SEEDS C03, A19", share=own_share),
     "gated": CombineRow("(1 - g) window + g linear", "SEEDS B15, D07", "mix", mix=torch.lerp),
     "added": CombineRow("window + s linear", "SEEDS C01", "mix", mix=added),
+    "sequential": CombineRow("window over v + s linear, linear over all tokens", "SEEDS K9, B07, B15", "enrich", first=True),
     "alone": CombineRow("linear only", "SEEDS 3.1", window=False),
 }
+
+
+def asked_once(call: AttentionCall) -> AttentionCall:
+    """The call with one query per key/value head, the mean of its group's."""
+    q, plain = (None if x is None else x.float().mean(3, keepdim=True) for x in (call.q_BTGRK, call.plain_q_BTGRK))
+    return replace(call, q_BTGRK=q, plain_q_BTGRK=plain)
 
 
 def some_older(left_BT: Tensor) -> Tensor:

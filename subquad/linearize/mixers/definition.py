@@ -1,12 +1,13 @@
 """What every mixer computes, written as sums over pairs of tokens or one token at a time: the oracle of the tests. No state, no padding, no chunks.
 
 With W the window, N the sinks, s_tj = scale q_t.k_j (softcapped), near(t) = tokens t-W+1..t and the sinks 0..N-1, older(t) = N..t-W (all of 0..t
-where combine is `alone`):
+where combine is `alone` or `sequential`):
 
     window         o_t = sum_near e^s v / sum_near e^s
     w_tj           the linear branch's weight of j for t: phi_q(q_t).phi_k(k_j), faded by the decays between the step at which j is written and t
     joint          o_t = (sum_near e^s v + e^mu_t sum_older w v) / (the same without v)
     gated          o_t = (1 - g_t) window + g_t linear_t          added: window + g_t linear_t          alone: linear_t
+    sequential     window over v'_j = v_j + g_j linear_j, linear_j over 0..j for the mean of the group's queries
 
 With a sparse cache of C pairs a head, near(t) has those it holds as well, and older(t) is what it has let go (definition_cache.py).
 
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, Mixer
 from subquad.linearize.mixers.cell import Cell
+from subquad.linearize.mixers.combine import asked_once
 from subquad.linearize.mixers.definition_cache import held_and_gone
 from subquad.linearize.mixers.definition_full import full_definition
-from subquad.linearize.mixers.levels import level_of
+from subquad.linearize.mixers.definition_levels import delta_levels, level_weights
+from subquad.linearize.mixers.definition_slots import slot_weights
 from subquad.linearize.mixers.shared_key import SharedKey
-from subquad.linearize.mixers.slots import DAMPING, LIMIT
 from subquad.linearize.mixers.window import Window
 
 
@@ -39,6 +41,11 @@ def definition(mixer: Mixer, call: AttentionCall) -> Tensor:
         return full_definition(mixer, call)
     T, alone = call.q_BTGRK.shape[1], mixer.pieces["combine"] == "alone"
     t, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    if mixer.pieces["combine"] == "sequential":
+        linear = linear_branch(mixer, asked_once(call), j <= t).squeeze(3)
+        return window_attention(
+            mixer, replace(call, v_BTGV=call.v_BTGV + torch.sigmoid(mixer.enrich(call.hidden_BTD))[..., None] * linear)
+        )[0]
     seen, older = near(mixer, T), (j <= t) if alone else (j <= t - mixer.window) & (j >= mixer.sinks)
     if mixer.pieces["cache"]:
         seen, older = held_and_gone(mixer, call, seen, older)
@@ -158,13 +165,7 @@ def weights_of(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
         route = mixer.routes(call.hidden_BTD)
         w = w * torch.einsum("btgp,bjgp->bgtj", route, route).unsqueeze(2)
     if mixer.pieces["container"] == "levels":
-        lag = 0 if mixer.pieces["combine"] == "alone" else mixer.window
-        first = 0 if mixer.pieces["combine"] == "alone" else mixer.sinks
-        weight = mixer.levels(call.hidden_BTD)  # [B, T, G, R, L]; written tokens are counted from 0
-        level = level_of(w.shape[-1])
-        for t in range(lag + first, w.shape[-1]):
-            span = t - lag - first
-            w[:, :, :, t, first : first + span + 1] *= weight[:, t][..., level[span, : span + 1]]
+        w = w * level_weights(mixer, call).permute(0, 3, 4, 1, 2)
     if mixer.pieces["key_weight"] == "competition":
         w = w * _competition(q, mixer.keys(call)).permute(0, 2, 1)[:, :, None, None]
     return w * older
@@ -230,7 +231,7 @@ def _flow(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 def _delta(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
     q, k = _features(mixer, call)
-    lag, first = (0, 0) if mixer.pieces["combine"] == "alone" else (mixer.window, mixer.sinks)
+    lag, first = (mixer.window, mixer.sinks) if mixer.rows.combine.older else (0, 0)
     if mixer.pieces["write"] == "selective":
         return _selective(mixer, call, q, k, lag, first)
     beta = torch.sigmoid(mixer.beta(call.hidden_BTD)).squeeze(-1)
@@ -240,6 +241,8 @@ def _delta(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
     T, v, out = q.shape[1], call.v_BTGV, []
     new = older & ~torch.cat([torch.zeros_like(older[..., :1, :]), older[..., :-1, :]], -2)  # [.., T, J]: written at t, one token at most
     new = new.to(q.dtype).expand(k.shape[0], k.shape[2], 1, T, T).squeeze(2)  # [B, G, T, J]
+    if mixer.pieces["container"] == "levels":
+        return delta_levels(mixer, call, q, k, beta, a, new)
     state = q.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])
     for t in range(T):
         at = new[:, :, t]
@@ -281,29 +284,3 @@ def _selective(mixer: Cell, call: AttentionCall, q: Tensor, k: Tensor, lag: int,
         fade = torch.exp(-A[None, None] * gone[:, :, :, None])
         out.append(torch.einsum("bgrf,bjgf,bjgv,bjgfv->bgrv", q[:, t], k[:, j], dt[:, j] * call.v_BTGV[:, j], fade))
     return torch.stack(out, 1)
-
-
-def slot_weights(mixer: Cell, call: AttentionCall, older: Tensor) -> tuple[Tensor, Tensor]:
-    """(w [B, G, R, T, J], sum over slots of e^(slot logit) times the share of token j in that slot; the sum of e^(slot logit) alone).
-
-    Shares of a slot need not add up to one. One token at a time."""
-    lag, first = (0, 0) if mixer.pieces["combine"] == "alone" else (mixer.window, mixer.sinks)
-    z, q, k = mixer.slot(call.hidden_BTD), mixer.queries(call), mixer.keys(call)
-    B, T, G, M = z.shape
-    share = z.new_zeros(B, G, M, T)  # of token j in slot m
-    seen = z.new_full((B, G, M), float("-inf"))
-    out, totals = [], []
-    for t in range(T):
-        j = t - lag
-        if j >= first and mixer.pieces["container"] == "gated_slots":
-            f = torch.sigmoid(z[:, j]) ** (1 / DAMPING)
-            share = share * f[..., None] + (1 - f)[..., None] * (torch.arange(T) == j)
-        elif j >= first:
-            now = torch.logaddexp(seen, z[:, j].clamp(-LIMIT, LIMIT))
-            share = share * (seen - now).exp()[..., None] + (z[:, j].clamp(-LIMIT, LIMIT) - now).exp()[..., None] * (torch.arange(T) == j)
-            seen = now
-        keys = torch.einsum("bgmj,bjgk->bgmk", share, k)
-        logits = torch.einsum("bgrk,bgmk->bgrm", q[:, t], keys) * call.scale
-        out.append(torch.einsum("bgrm,bgmj->bgrj", logits.exp(), share))
-        totals.append(logits.exp().sum(-1, keepdim=True) * (j >= first))
-    return torch.stack(out, 3) * older, torch.stack(totals, 3)

@@ -45,8 +45,10 @@ def formula(name: str) -> list[str]:
         lines.append(f"container  {r.container.about}")
     if not r.container.slots:
         lines.append(f"features   phi = {p['feature_map']} ({r.feature_map.source}); a weight of j for t is phi(q_t).phi(k_j)")
+    if not r.container.own:
         lines.append(f"decay      {p['decay']}: {r.decay.about}")
         lines.append(f"write      {p['write']}: S <- a S + {r.write.about}")
+    if not r.container.slots:
         bare = r.write.corrects or r.combine.joint
         lines.append("normaliser " + ("the combination's" if bare else f"{p['normaliser']}: {r.normaliser.about}"))
         if r.key_weight.rule is not None:

@@ -62,34 +62,30 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
     r = rows_of(p)
     joint, exponential = r.combine.joint, bool(r.feature_map.exponential)
     if r.container.slots:
-        wrong = [key for key in ("decay", "write", "normaliser", "key_weight", "cache") if p[key] != DEFAULTS[key]]
-        wrong += ["position"] if r.position.phases else []
-        return [f"mixer {name!r}: {key} {p[key]} does not go with slots, which have gates and a softmax of their own." for key in wrong]
-    found = []
-    alone = not r.combine.window or p["container"] != "plain" or r.key_weight.rule or r.position.phases or r.feature_map.positions
+        return [f"mixer {name!r}: {problem}" for problem in slot_clashes(p, r)]
+    found = recurrence_clashes(p, r)
+    alone = not r.combine.older or p["container"] != "plain" or r.key_weight.rule or r.position.phases or r.feature_map.positions
     if p["cache"] and (alone or r.normaliser.counts or r.normaliser.per_feature or r.write.bare or r.write.more):
         found.append(
-            "options.cache keeps pairs between window and state: it goes with a window, container plain, key_weight none, position keep or drop, "
-            "a map that does not ask for positions, a normaliser without sums of its own and a write with one state."
+            "options.cache keeps pairs between window and state: it goes with a window that tokens leave for the state, container plain, key_weight none, "
+            "position keep or drop, a map that does not ask for positions, a normaliser without sums of its own and a write with one state."
         )
-    if p["container"] == "levels" and (
-        r.write.corrects or r.normaliser.counts or r.key_weight.rule or r.normaliser.per_feature or exponential
-    ):
-        found.append("container levels goes with write additive, normaliser sum, clamped or none, and a map without exponents.")
+    if p["container"] == "levels" and (r.normaliser.counts or r.normaliser.per_feature):
+        found.append(
+            f"normaliser {p['normaliser']} asks for sums over all tokens, which container levels keeps in blocks; use sum, clamped or none."
+        )
     if r.write.corrects:
         if not r.feature_map.unit:
             found.append(f"write {p['write']} needs unit-length keys; use feature_map unit or silu_unit, not {p['feature_map']}.")
         if joint:
-            found.append(f"write {p['write']} goes with combine gated, added or alone, not {p['combine']}.")
+            found.append(f"write {p['write']} goes with combine gated, added, sequential or alone, not {p['combine']}.")
         if r.container.times or r.key_weight.rule:
-            found.append(f"write {p['write']} goes with container plain and key_weight none.")
+            found.append(f"write {p['write']} corrects what it wrote by key: container partitions and key weights do not go with it.")
     elif (joint or r.normaliser.divides) and (not r.feature_map.positive or r.position.phases):
         found.append(
             f"combine {p['combine']} with normaliser {p['normaliser']} divides by a sum of features and needs a positive map without "
             f"phases; got {p['feature_map']}, {p['position']}. Use normaliser none with an output norm."
         )
-    if r.write.decays is not None and p["decay"] not in r.write.decays:
-        found.append(f"write {p['write']} goes with decay {' or '.join(r.write.decays)}, got {p['decay']}.")
     if r.decay.module is not None and (r.normaliser.counts or r.normaliser.per_feature):
         found.append(f"normaliser {p['normaliser']} counts tokens, so nothing may fade: use decay none, not {p['decay']}.")
     if exponential and not joint and not r.normaliser.divides:
@@ -111,3 +107,45 @@ def clashes(name: str, p: dict[str, Any]) -> list[str]:
     if r.key_weight.rule and (exponential or not per_channel(p)):
         found.append(f"key_weight {p['key_weight']} needs a feature map with one feature per key channel.")
     return [f"mixer {name!r}: {problem}" for problem in found]
+
+
+def recurrence_clashes(p: dict[str, Any], r: Rows) -> list[str]:
+    """Write, decay and what holds their state."""
+    found = []
+    if r.container.reads and r.write.read not in r.container.reads:
+        writes = " or ".join(
+            name for name, row in WRITES.items() if row.read in r.container.reads and not (row.complement and r.container.slots)
+        )
+        found.append(f"container {p['container']} goes with write {writes}, got {p['write']}: it has no form for another recurrence.")
+    if r.write.decays is not None and p["decay"] not in r.write.decays:
+        found.append(f"write {p['write']} goes with decay {' or '.join(r.write.decays)}, got {p['decay']}.")
+    return found
+
+
+def slot_clashes(p: dict[str, Any], r: Rows) -> list[str]:
+    """Slots hold keys and values, so there is nothing to map or to divide; some have gates of their own in the place of decay and write."""
+    held = ("feature_map", "normaliser", "key_weight", "cache")
+    wrong = [key for key in (("decay", "write") if r.container.own else ()) + held if p[key] != DEFAULTS[key]]
+    wrong += ["position"] if r.position.phases else []
+    gates = "gates and a softmax" if r.container.own else "a softmax"
+    found = [f"{key} {p[key]} does not go with slots, which have {gates} of their own: use {_neutral(key)}." for key in wrong]
+    if r.container.own:
+        return found
+    if r.decay.reads == "key":
+        found.append(
+            f"decay {p['decay']} has one number per key channel, and container {p['container']} asks for one per slot or per head."
+        )
+    return found + recurrence_clashes(p, r)
+
+
+def clashes_both_ways(name: str, p: dict[str, Any]) -> list[str]:
+    """The same about a cell without a direction (bidirectional.py), which is one total sum or two scans."""
+    r = rows_of(p)
+    wrong = [key for key in ("write", "container", "cache") if p[key] != DEFAULTS[key]]
+    wrong += ["position"] if r.position.phases else []
+    wrong += ["decay"] if r.decay.module is not None and (r.decay.vector or r.decay.reads != "hidden") else []
+    return [f"mixer {name!r}: {key} {p[key]} has a direction, and the model's attention has none: use {_neutral(key)}." for key in wrong]
+
+
+def _neutral(key: str) -> str:
+    return "position keep or drop" if key == "position" else f"{key} {DEFAULTS[key]}"

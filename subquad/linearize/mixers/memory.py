@@ -20,8 +20,9 @@ LOGS = ("top", "log_sum", "cache_score")
 
 
 def base_features(shape: HeadShape, pieces: dict[str, Any]) -> int:
-    """Features of the map itself."""
-    return features_of(pieces["feature_map"], shape.key, map_options(pieces))
+    """Features of the map itself; slots stand in their place."""
+    row = rows_of(pieces).container
+    return pieces[row.number] if row.slots else features_of(pieces["feature_map"], shape.key, map_options(pieces))
 
 
 def state_features(shape: HeadShape, pieces: dict[str, Any]) -> int:

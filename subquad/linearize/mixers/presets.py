@@ -24,6 +24,11 @@ def _cell(about: str, seeds: str, paper: str, needs: str = "attention transfer",
     return Preset(about, seeds, "cell", {"combine": "gated", "mass": -2.0, **pieces}, paper, needs, directions=directions)
 
 
+def _sequential(about: str, seeds: str, paper: str, **pieces: Any) -> Preset:
+    exact = "the gate's bias to -infinity and a window as long as the text"
+    return Preset(about, seeds, "cell", {"combine": "sequential", "mass": -4.0, **pieces}, paper, exact=exact)
+
+
 def _full(about: str, seeds: str, paper: str, needs: str = "nothing", exact: str = "", **pieces: Any) -> Preset:
     return Preset(about, seeds, "full", pieces, paper, needs, exact)
 
@@ -112,6 +117,10 @@ MIXERS = {
     ),
     "gsa": _cell("slots read by a softmax, gated", "B02", "Gated Slot Attention (2024)", container="gated_slots", position="drop"),
     "abc": _cell("slots read by a softmax, written by one", "Dependencies", "ABC (2021)", container="softmax_slots", position="drop"),
+    "delta_slots": _cell(
+        "slots written by a gated delta rule, read by a softmax", "K11 B01 B02", "no paper: the two passes of GSA with Gated DeltaNet's recurrence in both",
+        decay="own_scalar", write="delta", container="slots", position="drop",
+    ),
     "mamba": _cell(
         "a decay for every feature and value channel", "B03", "Mamba (2023)",
         feature_map="identity", write="selective", normaliser="none", output="norm_gate", position="drop",
@@ -155,6 +164,10 @@ MIXERS = {
         "scalar-gated linear attention over blocks of growing size, each with a weight", "B06", "Log-Linear Attention (2025)",
         feature_map="hedgehog_softmax2", decay="scalar", container="levels",
     ),
+    "log_linear_delta": _cell(
+        "gated delta rule over blocks of growing size, each with a weight", "B06", "Log-Linear Attention (2025), Gated DeltaNet form",
+        feature_map="silu_unit", decay="own_scalar", write="delta", container="levels", output="norm_gate",
+    ),
     "gateloop": _cell(
         "complex decays", "B09", "GateLoop (2023)", feature_map="identity", decay="own_vector", position="phase", normaliser="none", output="norm_gate"
     ),
@@ -163,6 +176,14 @@ MIXERS = {
         feature_map="identity", decay="own_vector", position="selective", normaliser="none", output="norm",
     ),
     # --- hybrids ---
+    "rodimus_plus": _sequential(
+        "two gates that share a temperature, then a window over the values they enrich", "B07 K9", "Rodimus+ (2024), recurrence then window",
+        feature_map="unit_norm", decay="dual", write="dual", normaliser="none", output="norm_gate",
+    ),
+    "titans_mal": _sequential(
+        "gated delta rule with momentum, then a window over the values it enriches", "B15 K9", "Titans (2024), MAL with linear memory",
+        feature_map="unit", decay="own_scalar", write="momentum",
+    ),
     "lizard": _cell(
         "window plus gated linear attention without rotation", "C01", "Lizard (2025)",
         feature_map="hedgehog_exp", decay="scalar", position="drop", combine="added", mass=-4.0,

@@ -12,13 +12,24 @@ from torch import Tensor
 from subquad.kernels.ops import additive, additive_step, delta, delta_step
 from subquad.linearize.mixers.base import AttentionCall
 from subquad.linearize.mixers.combine import TINY
+from subquad.linearize.mixers.delta_levels import read_all_delta
 from subquad.linearize.mixers.key_weights import NOTHING, running
+from subquad.linearize.mixers.level_blocks import read_block, together
 from subquad.linearize.mixers.levels import read_all, read_steps
 from subquad.linearize.mixers.local import one_token
 from subquad.linearize.mixers.normalisers import EPS, Sums
 from subquad.linearize.mixers.partitions import routed
 from subquad.linearize.mixers.positions import turned
-from subquad.linearize.mixers.slots import gated_slots, slot_logits, softmax_parts, softmax_slots
+from subquad.linearize.mixers.slots import (
+    corrected,
+    gated_slots,
+    slot_logits,
+    slot_totals,
+    slot_writes,
+    softmax_parts,
+    softmax_slots,
+    unit_writes,
+)
 from subquad.linearize.mixers.steps import momentum_steps, selective_steps
 from subquad.linearize.mixers.stream import Stream
 from subquad.linearize.mixers.writes import complement
@@ -145,18 +156,24 @@ def _scan(cell, call: AttentionCall, stream: Stream, given: tuple[Tensor, ...], 
     return y
 
 
-def _levels(cell, call: AttentionCall, stream: Stream, given: tuple[Tensor, ...], parts: Parts) -> Tensor:
-    """In training all rows start with nothing written, so the first written token stands at the same place in all of them."""
+def _levels(cell, call: AttentionCall, stream: Stream, given: tuple[Tensor, ...], parts: Parts, beta: Tensor | None = None) -> Tensor:
+    """beta: of the delta rule. In training all rows start with nothing written, so the first written token stands at the same place in all of them."""
     weight = cell.levels(call.hidden_BTD)
     if call.state is not None:
-        y, parts["sums"], written = read_steps(*given, weight, stream.on_BT, parts["sums"], parts["written"].long())
+        on, states, written = stream.on_BT, parts["sums"], parts["written"].long()
+        place = together(on, written)
+        if place is None:
+            y, parts["sums"], written = read_steps(*given, weight, on, states, written, beta)
+        else:
+            y, parts["sums"], written = read_block(*given, weight, on, states, place, beta)
         parts["written"] = written.float()
         return y
     q, k, v, decay = given
-    first = cell.window + cell.sinks if cell.rows.combine.window else 0
+    first = cell.window + cell.sinks if cell.rows.combine.older else 0
     y = torch.zeros(*q.shape[:4], v.shape[-1], dtype=q.dtype, device=q.device)
     if q.shape[1] > first:
-        rest = read_all(*(x[:, first:] for x in (q, k, v)), None if decay is None else decay[:, first:], weight[:, first:])
+        *sums, decay, weight = (None if x is None else x[:, first:] for x in (q, k, v, decay, weight))
+        rest = read_all(*sums, decay, weight) if beta is None else read_all_delta(*sums, beta[:, first:], decay, weight)
         y = torch.cat([y[:, :first], rest], 1)
     return y
 
@@ -172,6 +189,11 @@ def read_delta(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Par
     q, k, v = _plain(cell, call, stream, now, parts)
     y, parts["sums"] = _delta(q, k, v, _beta(stream), log_decay(cell, call, stream), parts["sums"])
     return Sums(y), 0.0
+
+
+def read_delta_levels(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
+    given = (*_plain(cell, call, stream, now, parts), log_decay(cell, call, stream))
+    return Sums(_levels(cell, call, stream, given, parts, _beta(stream))), 0.0
 
 
 def read_momentum(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
@@ -210,6 +232,30 @@ def read_softmax_slots(cell, call: AttentionCall, stream: Stream, now: Parts, pa
     return _read_slots(cell, call, stream, parts, write, None, total.clamp_min(TINY).unsqueeze(3))
 
 
+def read_written_slots(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
+    write, log = slot_writes(stream.kept["slot"], stream.on_BT) * stream.kept.get("strength", 1.0), _slot_fade(cell, call, stream)
+    total, parts["total"] = slot_totals(write, log, parts["total"])
+    return _read_slots(cell, call, stream, parts, write, log, total.clamp_min(TINY).unsqueeze(3))
+
+
+def read_delta_slots(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
+    s, beta, log = unit_writes(stream.kept["slot"], stream.on_BT), _beta(stream), log_decay(cell, call, stream)
+    k = corrected(stream.kept.get("plain", stream.k).float(), s, beta, log, parts["sums"])
+    logits, parts["sums"] = slot_logits(cell.queries(call), k, s, _slot_fade(cell, call, stream), parts["sums"])
+    weights, total, log_scale = softmax_parts(logits * call.scale)
+    y, parts["values"] = _delta(weights, s, stream.v.float(), beta, log, parts["values"])
+    return Sums(y, total), log_scale
+
+
+def _slot_fade(cell, call: AttentionCall, stream: Stream) -> Tensor | None:
+    """[B, T, G, M]: log decay of the slots."""
+    log = log_decay(cell, call, stream)
+    if log is None:
+        return None
+    log = log if log.dim() == 4 else log.unsqueeze(-1)
+    return log.expand(*log.shape[:3], stream.kept["slot"].shape[-1])
+
+
 def _read_slots(
     cell, call: AttentionCall, stream: Stream, parts: Parts, write_BTGM: Tensor, log_f: Tensor | None, total_BTG1M: Tensor | None = None
 ) -> Read:
@@ -226,10 +272,13 @@ READS = {
     "additive": read_additive,
     "levels": read_levels,
     "delta": read_delta,
+    "delta_levels": read_delta_levels,
     "momentum": read_momentum,
     "selective": read_selective,
     "gated_slots": read_gated_slots,
     "softmax_slots": read_softmax_slots,
+    "slots": read_written_slots,
+    "delta_slots": read_delta_slots,
 }
 
 
