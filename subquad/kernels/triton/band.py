@@ -134,8 +134,8 @@ def band_forward_kernel(
         b_k, b_v = read_pair(k, v, (tl.cast(first, tl.int64) * BT + (before - window)) * G, oi, ok, ov, there, G, K, V)
     FROM: tl.constexpr = 2 if KEEP else 1
 
-    # What does not change is computed anew in every chunk: carried along, it takes 88 bytes of spills on compute capability 9.0 with a decay per feature.
-    for i_t in tl.range(first, tl.minimum(first + SEG, chunks), disable_licm=True):
+    # What does not change is computed anew in every chunk where many tiles are alive: carried along, it spills (112 bytes on compute capability 9.0).
+    for i_t in tl.range(first, tl.minimum(first + SEG, chunks), disable_licm=PHI or DECAY == 2):
         t0 = tl.cast(i_t, tl.int64) * BT
         t = i_t * BT + oi
         here = t < length

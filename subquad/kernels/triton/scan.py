@@ -102,7 +102,7 @@ def scan_kernel(
             state = tl.where(i_h % RS == 0, state, 0.0)
             extra = tl.where(i_h % RS == 0, extra, 0.0)
 
-    for n in tl.range(first, last, disable_licm=True):
+    for n in tl.range(first, last, disable_licm=PHI > 0):  # as in band.py
         i_t = chunks - 1 - n if REVERSE else n
         if MODE == 1:
             if n % SEG == 0:
