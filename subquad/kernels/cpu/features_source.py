@@ -87,17 +87,21 @@ struct Features {
       for (; f < Y; f++) mean[s] += ps[f] * ds[f];
     }
     if (m.norm == 2) mean[0] = mean[1] = mean[0] + mean[1];
-    for (int f = 0; f < Y; f++) {
-      float g = 0;
-      for (int s = 0; s < m.signs; s++) {
-        float v = p[s * Y + f], d = dp[s * Y + f];
-        bool fixed = m.norm ? v <= m.floor : v >= largest || v <= smallest;  // by the clamp: it has no slope
-        d = m.norm ? v * ((fixed ? 0.0f : d) - mean[s]) : (fixed ? 0.0f : v * d);
-        g += s ? -d : d;
-      }
-      dy[f] = g;
+    int f = 0;
+    for (; f + L <= Y; f += L) {
+      vf g = slope(ld(p + f), ld(dp + f), bc(mean[0]));
+      if (m.signs == 2) g = g - slope(ld(p + Y + f), ld(dp + Y + f), bc(mean[1]));
+      st(dy + f, g);
     }
-    for (int f = Y; f < Yp; f++) dy[f] = 0;
+    for (; f < Y; f++) {
+      dy[f] = slope(bc(p[f]), bc(dp[f]), bc(mean[0]))[0];
+      if (m.signs == 2) dy[f] -= slope(bc(p[Y + f]), bc(dp[Y + f]), bc(mean[1]))[0];
+    }
+    for (; f < Yp; f++) dy[f] = 0;
+  }
+  vf slope(vf p, vf dp, vf mean) const {  // of a feature's exponent; none where the floor or the clamp holds it
+    if (m.norm) return p * (pick(p > bc(m.floor), dp, bc(0)) - mean);
+    return pick((p < bc(largest)) & (p > bc(smallest)), p * dp, bc(0));
   }
 };
 """
