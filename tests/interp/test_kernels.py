@@ -8,7 +8,7 @@ Key: as in subquad/kernels/ops.py.
 
 import pytest
 import torch
-from kernels.test_ops import D64, compare, decay, linear_case, mapped_case, randn, results, window_case
+from kernels.test_ops import D64, compare, decay, limits_case, linear_case, mapped_case, randn, results, window_case
 from tolerances import error
 
 from subquad.kernels import ops
@@ -134,9 +134,9 @@ def test_feature_maps_in_segments(segmented, feature_map):
 
 @pytest.mark.parametrize("feature_map", FUSED)
 def test_features_at_the_limits(feature_map):
-    torch.manual_seed(0)
-    leaves = {"q_BTHK": 200 * randn(1, 20, 2, 16), "k_BTGK": 200 * randn(1, 20, 1, 16), "v_BTGV": randn(1, 20, 1, 8)}
-    compare(ops.additive, leaves, {"feature_map": feature_map, "output_final_state": True}, "triton")
+    one, five = limits_case(feature_map, 20)
+    compare(ops.additive, one, {"feature_map": feature_map, "output_final_state": True}, "triton")
+    compare(ops.window_linear, five, {"feature_map": feature_map, "output_final_state": True, "window": 5, "sinks": 1}, "triton")
 
 
 # ---- precision: error of the largest result or gradient, relative to the largest number of that result or gradient -----------------------------------

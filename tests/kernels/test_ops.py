@@ -203,12 +203,23 @@ def test_feature_maps_inside(name, feature_map, backend):
     compare(ops.window_linear, five, other | {"window": 16, "sinks": 4}, backend)
 
 
+def limits_case(feature_map: str, T: int):
+    """Numbers of hundreds, in some rows all of one sign (additive's tensors, window_linear's). A floor is seen where queries and keys share no large
+    feature and the linear branch counts as much as the window all the same; other features are large themselves."""
+    torch.manual_seed(0)
+    q, k, v = 200 * randn(1, T, 2, 20), 200 * randn(1, T, 1, 20), randn(1, T, 1, 8)
+    q[:, 1::3], k[:, ::5] = -q[:, 1::3].abs() - 150, -k[:, ::5].abs() - 150
+    mix = torch.full((1, T, 2), 28.0 if feature_map == "hedgehog_softmax2" else -20.0, dtype=D64)
+    near = {"q_BTHK": randn(1, T, 2, 16), "k_BXGK": randn(1, T, 1, 16), "v_BXGV": v}
+    return {"q_BTHK": q, "k_BTGK": k, "v_BTGV": v}, near | {"fq_BTHF": q, "fk_BXGF": k, "mix_BTH": mix}
+
+
 @pytest.mark.parametrize("feature_map", FUSED)
 def test_features_at_the_limits(feature_map, backend):
-    """Numbers of hundreds: exponents at their clamp, features at their floor, softmaxes of one feature; gradients where they are flat are zeros."""
-    torch.manual_seed(0)
-    leaves = {"q_BTHK": 200 * randn(1, 70, 2, 16), "k_BTGK": 200 * randn(1, 70, 1, 16), "v_BTGV": randn(1, 70, 1, 8)}
-    compare(ops.additive, leaves, {"feature_map": feature_map, "output_final_state": True}, backend)
+    """Exponents at their clamp, features at their floor, softmaxes of one feature; gradients where they are flat are zeros."""
+    one, five = limits_case(feature_map, 70)
+    compare(ops.additive, one, {"feature_map": feature_map, "output_final_state": True}, backend)
+    compare(ops.window_linear, five, {"feature_map": feature_map, "output_final_state": True, "window": 5, "sinks": 1}, backend)
 
 
 def test_features_are_saved_by_nobody():

@@ -1,5 +1,5 @@
 """C++: feature maps inside the additive recurrence (features.py): tiles of y become tiles of features as they are loaded, gradients of features become
-gradients of y as they are stored. Backward needs the features alone, which it makes again.
+gradients of y as they are stored. Backward needs the features alone, which it makes again; where they have a floor, as they are without it.
 """
 
 SOURCE = r"""
@@ -11,10 +11,10 @@ struct Map {  // signs 0: no map, the numbers are the features
 struct Features {
   Map m;
   int Y, F, Yp, Fp;
-  float *y, *half[2], smallest, largest;  // half: one row's features of y and of -y
+  float *y, *half[2], *bare, smallest, largest;  // half: one row's features of y and of -y; bare: a row's without floor
   Features(const Map& m, int F) : m(m), Y(m.signs ? F / m.signs : F), F(F), Yp(up(Y)), Fp(up(F)) {
     if (!m.signs) return;
-    y = arena.get(64 * Yp), half[0] = arena.get(Yp), half[1] = arena.get(Yp);
+    y = arena.get(64 * Yp), half[0] = arena.get(Yp), half[1] = arena.get(Yp), bare = arena.get(Fp);
     smallest = m.limit < 80 ? exp1(-m.limit) : 0, largest = m.limit < 80 ? exp1(m.limit) : INFINITY;
   }
   void load(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* dst) {
@@ -22,7 +22,7 @@ struct Features {
     load_tile(t, b, from, h, rows, Y, lo, hi, y, m.gain);
     for (int r = 0; r < rows; r++, dst += Fp)
       if (from + r < lo || from + r >= hi) memset(dst, 0, 4 * Fp);
-      else row(y + r * Yp, dst);
+      else row(y + r * Yp, dst, m.floor);
   }
   // As borrow_tile: rows that can be read where they are, are.
   const float* borrow(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* buf, int64_t& ld) {
@@ -31,18 +31,18 @@ struct Features {
     ld = Fp;
     return buf;
   }
-  void row(float* x, float* dst) {  // x [Yp] = gain y, padded with zeros
+  void row(float* x, float* dst, float least) {  // x [Yp] = gain y, padded with zeros; least: the floor
     float high[2] = {0, 0}, sum[2] = {0, 0};
     if (m.norm) {
-      float most = x[0], least = x[0];
+      float most = x[0], lowest = x[0];
       int f = 0;
       if (Y >= L) {
         vf a = ld(x), c = a;
         for (f = L; f + L <= Y; f += L) a = vmax(a, ld(x + f)), c = pick(c > ld(x + f), ld(x + f), c);
-        most = hmax(a), least = -hmax(-c);
+        most = hmax(a), lowest = -hmax(-c);
       }
-      for (; f < Y; f++) most = x[f] > most ? x[f] : most, least = x[f] < least ? x[f] : least;
-      high[0] = most, high[1] = -least;
+      for (; f < Y; f++) most = x[f] > most ? x[f] : most, lowest = x[f] < lowest ? x[f] : lowest;
+      high[0] = most, high[1] = -lowest;
       if (m.norm == 2) high[0] = high[1] = high[0] > high[1] ? high[0] : high[1];
     }
     for (int s = 0; s < m.signs; s++) {
@@ -61,19 +61,24 @@ struct Features {
     if (m.norm == 2) sum[0] = sum[1] = sum[0] + sum[1];
     for (int s = 0; s < m.signs; s++, dst += Y) {
       float scale = m.norm ? 1 / sum[s] : 1.0f;
-      vf floor = bc(m.floor);
+      vf floor = bc(least);
       if (Y % L == 0) {
         for (int f = 0; f < Y; f += L) st(dst + f, vmax(floor, scale * ld(half[s] + f)));
       } else
-        for (int f = 0; f < Y; f++) dst[f] = std::max((float)m.floor, scale * half[s][f]);
+        for (int f = 0; f < Y; f++) dst[f] = std::max(least, scale * half[s][f]);
     }
     for (int f = F; f < Fp; f++) *dst++ = 0;
   }
-  // The gradient of y from that of the features; p, dp [rows, Fp] (p with row stride ldp).
-  void store(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, const float* p, int64_t ldp, const float* dp, bool past) {
+  // The gradient of `of` from that of its features; p, dp [rows, Fp] (p with row stride ldp).
+  void store(const Tensor& t, const Tensor& of, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, const float* p, int64_t ldp,
+             const float* dp, bool past) {
     if (!m.signs) return store_tile(t, b, from, h, rows, F, lo, hi, dp, 1.0f, past);
-    for (int r = 0; r < rows; r++)
-      if (from + r >= lo && from + r < hi) row_back(p + r * ldp, dp + r * Fp, y + r * Yp);
+    if (m.floor > 0) load_tile(of, b, from, h, rows, Y, lo, hi, y, m.gain);
+    for (int r = 0; r < rows; r++) {
+      if (from + r < lo || from + r >= hi) continue;
+      if (m.floor > 0) row(y + r * Yp, bare, 0);
+      row_back(m.floor > 0 ? bare : p + r * ldp, dp + r * Fp, y + r * Yp);
+    }
     store_tile(t, b, from, h, rows, Y, lo, hi, y, m.gain, past);
   }
   void row_back(const float* p, const float* dp, float* dy) {
@@ -82,9 +87,10 @@ struct Features {
       vf total = {};
       const float *ps = p + s * Y, *ds = dp + s * Y;
       int f = 0;
-      for (; f + L <= Y; f += L) total += ld(ps + f) * ld(ds + f);
+      vf floor = bc(m.floor);
+      for (; f + L <= Y; f += L) total += pick(ld(ps + f) > floor, ld(ps + f) * ld(ds + f), bc(0));
       mean[s] = hsum(total);
-      for (; f < Y; f++) mean[s] += ps[f] * ds[f];
+      for (; f < Y; f++) mean[s] += ps[f] > (float)m.floor ? ps[f] * ds[f] : 0;
     }
     if (m.norm == 2) mean[0] = mean[1] = mean[0] + mean[1];
     int f = 0;

@@ -134,7 +134,7 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
   }
   void finish() {}  // after all heads
   void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi, bool past) {
-    l.phi.store(a.dk, b, t, h, l.n, lo, hi, l.kk, l.Kp, dk, past);
+    l.phi.store(a.dk, a.k, b, t, h, l.n, lo, hi, l.kk, l.Kp, dk, past);
     store_tile(a.dv, b, t, h, l.n, a.V, lo, hi, dv, 1.0f, past);
     store_decay(a.dg, b, t, h, lo, hi);
   }
@@ -223,7 +223,7 @@ static void backward(const LinearArgs& a) {
             Ahead ahead = rows_before(a, b, t, h, r, h0, h1, l.n, lo, hi, past);
             if (r + 1 == a.R && c == 0 && (h + 1 < h1 || i > 0)) ahead.want(h + 1 < h1 ? kept(i, h + 1) : kept(i - 1, h0), l.kept_size());
             w.head(q, l.Kp, d, nullptr, &ahead);
-            l.phi.store(a.dq, b, t, h * a.R + r, l.n, lo, hi, q, l.Kp, w.dq, past);
+            l.phi.store(a.dq, a.q, b, t, h * a.R + r, l.n, lo, hi, q, l.Kp, w.dq, past);
           }
           w.finish();
           w.store(a, b, t, h, lo, hi, past);

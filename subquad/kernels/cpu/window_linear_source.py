@@ -190,11 +190,11 @@ struct Older {  // features, gates and the state of one (sequence, key/value hea
     const float* fq = l.phi.borrow(a.fq, b, lo + x, head, l.n, lo, hi, fbuf, ld);
     w.head(fq, ld, rows.d, rows.dd, ahead);
     for (int m = 0; m < l.n; m++) dmix[m] = dot(fq + m * ld, w.dq + m * l.Kp, l.Kp);
-    l.phi.store(a.dfq, b, lo + x, head, l.n, lo, hi, fq, ld, w.dq, past);
+    l.phi.store(a.dfq, a.fq, b, lo + x, head, l.n, lo, hi, fq, ld, w.dq, past);
     store_column(a.dmix, b, lo + x, head, l.n, lo, hi, dmix);
   }
   void finish(int64_t x, WindowBackward* near) {  // what the state asks of values is added to `near` (null: nobody asks)
-    l.phi.store(a.dfk, b, ks + x - a.window, h, l.n, from, to, l.kk, l.Kp, w.dk, past);
+    l.phi.store(a.dfk, a.fk, b, ks + x - a.window, h, l.n, from, to, l.kk, l.Kp, w.dk, past);
     w.store_decay(a.dg, b, lo + x, h, lo, hi);
     for (int m = 0; near && m < l.n; m++) {
       int64_t slot = x + m - a.window, block = near->w.block_of(slot);

@@ -39,8 +39,8 @@ def highest(u, has_column, NORM: tl.constexpr):
 
 
 @triton.jit
-def sides(y, has_row, has_column, SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
-    """phi of y and of -y, [BM, BY] each (of y twice with one sign); 0 outside."""
+def sides(y, has_row, has_column, SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr):
+    """phi of y and of -y before the floor, [BM, BY] each (of y twice with one sign); 0 outside."""
     u = y.to(tl.float32) * (GAIN * LOG2E)
     inside = has_row[:, None] & has_column[None, :]
     if NORM == 0:
@@ -59,8 +59,6 @@ def sides(y, has_row, has_column, SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN:
                 rest = total
             minus = minus / tl.where(has_row, rest, 1.0)[:, None]
         plus = plus / tl.where(has_row, total, 1.0)[:, None]
-        if FLOOR > 0:
-            plus, minus = tl.where(inside, tl.maximum(plus, FLOOR), 0.0), tl.where(inside, tl.maximum(minus, FLOOR), 0.0)
     return plus, minus
 
 
@@ -135,16 +133,6 @@ def feature_columns(y, norms, row, stride, index, has_row, has_index, Y: tl.cons
 
 
 @triton.jit
-def side_gradient(p, dp, mean, NORM: tl.constexpr, FLOOR: tl.constexpr):
-    """Gradient of a sign's exponents; where the floor holds a feature it has no slope. mean: sum p dp over the normaliser's features."""
-    if NORM == 0:
-        slope = p * dp
-    else:
-        slope = p * (tl.where(p <= FLOOR, 0.0, dp) - mean[:, None])
-    return slope
-
-
-@triton.jit
 def feature_kernel(
     y, norms, dphi, weight, dy, dmix, M, Y: tl.constexpr, BM: tl.constexpr, BY: tl.constexpr, BACKWARD: tl.constexpr, WEIGHT: tl.constexpr,
     SIGNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
@@ -160,7 +148,7 @@ def feature_kernel(
     b_y = read_tile(y + start * Y, oi, Y, oy, here, my).to(tl.float32)
     if BACKWARD:
         F: tl.constexpr = SIGNS * Y
-        plus, minus = sides(b_y, here, my, SIGNS, NORM, GAIN, LIMIT, FLOOR)
+        plus, minus = sides(b_y, here, my, SIGNS, NORM, GAIN, LIMIT)
         d_plus = read_tile(dphi + start * F, oi, F, oy, here, my)
         d_minus = d_plus
         if SIGNS == 2:
@@ -169,20 +157,26 @@ def feature_kernel(
             w = tl.load(weight + start + oi, mask=here, other=0.0)[:, None]
             d_plus *= w
             d_minus *= w
-        mean = tl.sum(plus * d_plus, 1)
-        rest = mean
-        both = mean
-        if SIGNS == 2:
-            rest = tl.sum(minus * d_minus, 1)
-            both = mean + rest
-            if NORM == 2:
-                mean = both
-                rest = both
         if WEIGHT:
-            tl.store(dmix + start + oi, both, mask=here)
-        found = side_gradient(plus, d_plus, mean, NORM, FLOOR)
+            each = tl.maximum(plus, FLOOR) * d_plus
+            if SIGNS == 2:
+                each += tl.maximum(minus, FLOOR) * d_minus
+            tl.store(dmix + start + oi, tl.sum(each, 1), mask=here)
+        if FLOOR > 0:  # a feature at its floor has no slope
+            d_plus = tl.where(plus > FLOOR, d_plus, 0.0)
+            d_minus = tl.where(minus > FLOOR, d_minus, 0.0)
+        found = plus * d_plus
+        other = minus * d_minus
+        if NORM > 0:
+            mean = tl.sum(found, 1)
+            rest = tl.sum(other, 1)
+            if NORM == 2:
+                mean += rest
+                rest = mean
+            found -= plus * mean[:, None]
+            other -= minus * rest[:, None]
         if SIGNS == 2:
-            found -= side_gradient(minus, d_minus, rest, NORM, FLOOR)
+            found -= other
         if NORM == 0:  # no slope where the clamp holds the exponent
             found = tl.where(tl.abs(b_y) * GAIN > LIMIT, 0.0, found)
         write_tile(dy + start * Y, oi, Y, oy, here, my, found * GAIN)
