@@ -42,6 +42,7 @@ LENGTHS, GROUPS, SIZES = (1, 63, 64, 65, 500), (1, 3, 8), (64, 80, 128)
 LONG = (
     65  # up to here states carried from call to call get gradients; training carries none, and saving one a token would not fit into memory
 )
+AT_BORDERS = (63, 64)  # steps know nothing of the borders of blocks: of 63, 64 and 65 tokens only the last have their gradients taken through steps
 Out = tuple[Tensor, MixerState | None]
 
 
@@ -207,8 +208,9 @@ def errors(row: Row) -> dict[str, dict[str, float]]:
 
 def form_errors(one: Subject, form: Callable[..., Out], rows: tuple) -> Iterator[tuple[str, float]]:
     found = []
-    short = one.counts[0] <= LONG if form is not steps else one.counts[0] in (1, LONG)  # steps know nothing of the borders of blocks
-    if short or not rows:
+    T = one.counts[0]
+    carried = T <= LONG and not (form is steps and T in AT_BORDERS)
+    if carried or not rows:
         out, slopes = gradients(one.mixer, one.call, kept_in(found, one, form), one.weight)
         yield from gradient_errors(slopes, one.slopes)
     if rows:  # steps without gradients are other code
