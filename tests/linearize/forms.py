@@ -39,10 +39,10 @@ from subquad.linearize.mixers.definition_whole import whole_definition
 from subquad.linearize.state import MixerState
 
 LENGTHS, GROUPS, SIZES = (1, 63, 64, 65, 500), (1, 3, 8), (64, 80, 128)
-LONG = (
-    65  # up to here states carried from call to call get gradients; training carries none, and saving one a token would not fit into memory
-)
-AT_BORDERS = (63, 64)  # steps know nothing of the borders of blocks: of 63, 64 and 65 tokens only the last have their gradients taken through steps
+# Up to here states that are carried from call to call get gradients: training carries none, and saving one a token would not fit into memory.
+LONG = 65
+# Steps know nothing of the borders of blocks: of 63, 64 and 65 only the last has its gradients taken through steps.
+AT_BORDERS = (63, 64)
 Out = tuple[Tensor, MixerState | None]
 
 
