@@ -4,7 +4,7 @@
     python benchmarks/mixers_grid.py [--kinds forms,exact] [--only gla,fox] [--lengths 1,64] [--rows FILE]
     python benchmarks/mixers_grid.py --rows FILE --table [--summary FILE]    # the table of what FILE holds; its rows as JSON lines
 
-Kinds of rows, all with random mixers in fp32 and the functions of the tests (tests/linearize/forms.py, test_mixers.py):
+Kinds of rows, all with random mixers in fp32 (definitions in fp64) and the functions of the tests (tests/linearize/forms.py, test_mixers.py):
 
     forms   one call, chunks, steps, left-padded, packed: outputs, gradients of inputs and parameters, the state that is left
     exact   the preset's exact setting against softmax attention, 130 tokens

@@ -1,6 +1,6 @@
 """Every form of every preset against its definition: outputs, gradients and the state that is left. Some rows by test_forms.py, all by benchmarks/mixers_grid.py.
 
-Two sequences, of T tokens and of two fifths of them, each put through the definition alone; every form is held to that. In the forms without padding
+Two sequences, of T tokens and of two fifths of them, each put through the definition alone and in fp64; every form is held to that. In the forms without padding
 the second goes on to T tokens, which nothing that came before them may see.
 
     one call        blocks and chunks, as in training                    steps        one token at a time, as in decoding
@@ -11,9 +11,12 @@ the second goes on to T tokens, which nothing that came before them may see.
 Encoders have no state: one call (of each sequence alone), left-padded and packed. Key: as in test_mixers.py; K = V.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -184,11 +187,24 @@ class Subject:
     states: dict[tuple[int, int], MixerState]
 
 
+@contextmanager
+def in_fp64():
+    """Mixers ask for fp32 by `.float()` and the default dtype; here they get fp64: the definition's own rounding is no part of an error."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with patch.object(Tensor, "float", Tensor.double):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def subject(row: Row) -> Subject:
     mixer, call, counts = row.mixer(), row.call(), row.counts
     on = torch.arange(row.T) < torch.tensor(counts)[:, None]
     weight = torch.randn(call.q_BTGRK.shape, generator=torch.Generator().manual_seed(row.T)) * on[..., None, None, None]
-    out, slopes = gradients(mixer, call, lambda c: by_definition(mixer, c, counts)[0], weight)
+    exact = copy.deepcopy(mixer).double()
+    with in_fp64():
+        out, slopes = gradients(exact, moved(call, Tensor.double), lambda c: by_definition(exact, c, counts)[0], weight.double())
     states = {}
     with torch.no_grad():
         for b, n in {(0, row.T), (1, row.T), (1, counts[1])} if row.causal else ():

@@ -190,7 +190,7 @@ def _normalised(mixer: Cell, call: AttentionCall, w: Tensor, older: Tensor) -> T
     """The published weights, pair by pair, times v."""
     name, total = mixer.pieces["normaliser"], w.sum(-1, keepdim=True)
     n = older.sum(-1, keepdim=True).clamp_min(1).to(w.dtype)
-    floor = 1e-30 if mixer.rows.feature_map.exponential else 1e-6
+    floor = mixer.rows.feature_map.floor
     if name == "sum":
         w = w / total.clamp_min(floor)
     elif name == "clamped":
