@@ -84,9 +84,9 @@ def cases() -> list[str]:
 
 
 def dealt(turn: int, lengths: tuple[int, ...] = LENGTHS) -> list[Row]:
-    """A third of all: every case and length with every size and with every group once."""
-    rows = itertools.product(*map(enumerate, (lengths, cases(), GROUPS)))
-    return [Row(case, T, R, SIZES[(c + t + r + turn) % 3]) for (t, T), (c, case), (r, R) in rows]
+    """A third of all: every case and length with every size and with every group once. A third of that has every case and length."""
+    rows = itertools.product(*map(enumerate, (range(3), lengths, cases())))
+    return [Row(case, T, GROUPS[(part + c + t) % 3], SIZES[(2 * (c + t) + part + turn) % 3]) for (_, part), (t, T), (c, case) in rows]
 
 
 def grid() -> list[Row]:
