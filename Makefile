@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 # Where CPU-only wheels of torch are wanted and the default index has none: make demo TORCH_PIP_ARGS="--index-url ..."
 TORCH_PIP_ARGS ?=
 
-.PHONY: demo test style bench smoke-mixers zoo zoo-table kernels kernels-grid setup clean
+.PHONY: demo test style bench smoke-mixers zoo zoo-table kernels kernels-grid mixers-grid setup clean
 
 demo: setup                ## convert a real model, heal it, measure it, sample from it; the page is runs/quickstart/report.html
 	$(BIN)/subquad run quickstart --out runs/quickstart
@@ -39,6 +39,10 @@ kernels: setup             ## every Triton kernel: interpreter, all compiled fig
 kernels-grid: setup        ## every op on every backend over all lengths, head sizes and gates, against fp64; hours, continues where it stopped
 	mkdir -p runs
 	$(BIN)/python benchmarks/kernels_grid.py --rows runs/kernels-grid.jsonl
+
+mixers-grid: setup         ## every preset in every form over all lengths, head sizes and query groups, against definitions; about two hours, continues
+	mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixers_grid.py --rows runs/mixers-grid.jsonl
 
 setup: $(VENV)/.ready
 

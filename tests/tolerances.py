@@ -6,6 +6,7 @@ from torch import Tensor
 FAMILY = 1e-5  # logits of tiny models with three layers, relative to the largest logit (the project's bar)
 MIXER = 1e-4  # one mixer against its O(T^2) definition: sums over hundreds of tokens and quotients of such sums
 MIXER_GRADIENT = 1e-3  # its gradients: differences of such quotients; measured 1e-6 to 1e-4
+EXACT_START = 1e-5  # a mixer in its exact setting against the teacher's attention (the project's bar)
 BF16 = 1e-2  # outputs of a mixer in bf16 (8 bits: steps of 4e-3), its sums in fp32, relative to the largest output
 OP = 2e-5  # an op in fp32 against its definition in fp64, relative to the largest number of the result; measured 1e-7 to 3e-6
 OP_GRADIENT = 1e-4  # its gradients: products of two such sums; measured 1e-7 to 1e-5

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerances import BF16, MIXER, MIXER_GRADIENT, assert_near, error
+from tolerances import BF16, EXACT_START, MIXER, MIXER_GRADIENT, assert_near, error
 
 from subquad.linearize.layout import packed, padded
 from subquad.linearize.mixers import MIXERS, build, causal, pieces
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
 from subquad.linearize.mixers.definition import definition
-from subquad.linearize.mixers.memory import close_parts, open_parts
+from subquad.linearize.mixers.key_weights import NOTHING
+from subquad.linearize.mixers.memory import open_parts
 from subquad.linearize.state import MixerState
 
 B, D, G, K, V = 3, 24, 2, 8, 6
@@ -68,10 +69,17 @@ SLOTTED = {
 CASES |= {f"slots {what}": (name, {**options, "container": "slots"}) for what, (name, options) in SLOTTED.items()}
 every = pytest.mark.parametrize("case", CASES)
 
+# The direction of encoders; test_encoders.py has the formulas of some of them.
+BOTH_WAYS = {
+    f"{name}, both ways": (name, {"combine": "alone"} if preset.uses == "cell" else {})
+    for name, preset in MIXERS.items()
+    if "bidirectional" in preset.directions
+}
 
-def mixer_of(case: str, groups: int = 3, window: int = W, sinks: int = N, size: int | None = None):
-    name, options = CASES[case]
-    mixer = build(name, HeadShape(D, G, groups, size or K, size or V), window, sinks, options)
+
+def mixer_of(case: str, groups: int = 3, window: int = W, sinks: int = N, size: int | None = None, heads: int = G):
+    name, options = (CASES | BOTH_WAYS)[case]
+    mixer = build(name, HeadShape(D, heads, groups, size or K, size or V), window, sinks, options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -79,10 +87,10 @@ def mixer_of(case: str, groups: int = 3, window: int = W, sinks: int = N, size: 
     return mixer
 
 
-def call_of(length: int, groups: int = 3, batch: int = B, size: int | None = None, **more) -> AttentionCall:
+def call_of(length: int, groups: int = 3, batch: int = B, size: int | None = None, heads: int = G, **more) -> AttentionCall:
     generator = torch.Generator().manual_seed(length)
     K_, V_ = size or K, size or V
-    sizes = ((G, groups, K_), (G, K_), (G, V_), (D,), (G, groups, K_), (G, K_))
+    sizes = ((heads, groups, K_), (heads, K_), (heads, V_), (D,), (heads, groups, K_), (heads, K_))
     q, k, v, hidden, plain_q, plain_k = (torch.randn(batch, length, *x, generator=generator) for x in sizes)
     return AttentionCall(q, k, v, hidden, K_**-0.5, fewest=length, plain_q_BTGRK=plain_q, plain_k_BTGK=plain_k, **more)
 
@@ -149,17 +157,21 @@ def test_softcap_and_learned_sinks(case):
         assert error(mixer(changed), plain) > 100 * MIXER, f"{list(more)} had no effect"
 
 
+def gradients(mixer, call: AttentionCall, form, weight) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(what `form` gives, gradients of its sum weighted by `weight`: of the call's tensors and of parameters, those that have one)."""
+    mixer.zero_grad()
+    leaves = {name: getattr(call, name).clone().requires_grad_() for name in TENSORS}
+    out = form(replace(call, **leaves))
+    (out * weight).sum().backward()
+    found = {n: x.grad for n, x in leaves.items()} | {n: p.grad for n, p in mixer.named_parameters()}
+    return out.detach(), {n: x for n, x in found.items() if x is not None}
+
+
 @every
 def test_gradients_are_the_definitions(case):
     mixer, call = mixer_of(case), call_of(70)
     weight = torch.randn_like(call.q_BTGRK[..., :1]) * torch.randn(V)
-    found = []
-    for form in (mixer.forward, lambda c: definition(mixer, c)):
-        mixer.zero_grad()
-        leaves = {name: getattr(call, name).clone().requires_grad_() for name in TENSORS}
-        (form(replace(call, **leaves)) * weight).sum().backward()
-        gradients = {n: x.grad for n, x in leaves.items()} | {n: p.grad.clone() for n, p in mixer.named_parameters()}
-        found.append({n: x for n, x in gradients.items() if x is not None})
+    found = [gradients(mixer, call, form, weight)[1] for form in (mixer.forward, lambda c: definition(mixer, c))]
     assert found[0].keys() == found[1].keys()
     assert len(list(mixer.parameters())) == sum(n not in TENSORS for n in found[0]), "a parameter gets no gradient"
     for name, gradient in found[0].items():
@@ -212,6 +224,37 @@ def run(mixer, call: AttentionCall, cuts: list[int], mask=None):
 STATE = ("window_k", "window_v", "window_extra", "sink_k", "sink_v", "memory", "seen_B")
 
 
+def memory_parts(mixer, memory) -> dict[str, torch.Tensor]:
+    """What a cell remembers of one sequence by its named parts, each of which has a scale of its own."""
+    shapes = getattr(mixer, "part_shapes", None)
+    if memory is None and shapes is None:
+        return {}
+    return {"memory": memory[None]} if shapes is None else open_parts(None if memory is None else memory[None], shapes, torch.zeros(1, 1))
+
+
+def part_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """As `error`; the log of nothing (-1e30) must stand in the same places and is no scale for other numbers."""
+    nothing = wanted <= NOTHING / 2
+    same = torch.equal(nothing, found <= NOTHING / 2)
+    return error(found.masked_fill(nothing, 0.0), wanted.masked_fill(nothing, 0.0)) if same else float("inf")
+
+
+def state_errors(mixer, state: MixerState, row: int, alone: MixerState, n: int) -> dict[str, float]:
+    """By name: how far row `row` of a state is from that of its `n` tokens alone."""
+    found = {"seen_B": float(state.seen_B[row] != n)}
+    for name in ("window_k", "window_v", "window_extra"):
+        if getattr(alone, name) is not None:
+            kept = getattr(alone, name).shape[1]
+            found[name] = error(getattr(state, name)[row, -kept:], getattr(alone, name)[0])
+    for name in ("sink_k", "sink_v") if alone.sink_k is not None else ():
+        found[name] = error(getattr(state, name)[row, : min(n, N)], getattr(alone, name)[0, : min(n, N)])
+    assert alone.memory is None or state.memory is not None, "no memory is left"
+    if state.memory is not None:
+        wanted = memory_parts(mixer, None if alone.memory is None else alone.memory[0])
+        found |= {f"memory.{name}": part_error(x, wanted[name]) for name, x in memory_parts(mixer, state.memory[row]).items()}
+    return found
+
+
 @every
 def test_chunks_and_steps_are_one_call(case):
     """Outputs, and the state that is left."""
@@ -228,6 +271,10 @@ def test_chunks_and_steps_are_one_call(case):
                 assert (one is None) == (other is None), (what, name)
                 if one is not None:
                     assert_near(one, other, MIXER, f"{what}: state.{name}")
+            for row in range(B if state.memory is not None else 0):
+                for name, one in memory_parts(mixer, state.memory[row]).items():
+                    other = memory_parts(mixer, wanted_state.memory[row])[name]
+                    assert part_error(one, other) <= MIXER, f"{what}: memory.{name} of row {row}"
 
 
 @every
@@ -287,10 +334,6 @@ def windowed(case: str) -> bool:
     return type(mixer_of(case)).kept_tokens(10**6, W, N, **pieces(*CASES[case]))[0] <= W
 
 
-def empty_memory(mixer) -> torch.Tensor:
-    return close_parts(open_parts(None, mixer.part_shapes, torch.zeros(1, 1)))[0]
-
-
 @every
 def test_state_of_a_padded_batch_is_each_rows_own(case):
     mixer = mixer_of(case)
@@ -302,16 +345,9 @@ def test_state_of_a_padded_batch_is_each_rows_own(case):
             if n == 0:
                 continue
             _, alone = run(mixer, part(call, slice(row, row + 1), slice(33 - n, 33)), [n])
-            for name in ("window_k", "window_v", "window_extra"):
-                if getattr(alone, name) is not None:
-                    kept = getattr(alone, name).shape[1]
-                    assert kept == min(n, W) or not windowed(case)
-                    assert_near(getattr(state, name)[row, -kept:], getattr(alone, name)[0], MIXER, f"row {row}: {name}")
-            for name in ("sink_k", "sink_v") if alone.sink_k is not None else ():
-                assert_near(getattr(state, name)[row, : min(n, N)], getattr(alone, name)[0, : min(n, N)], MIXER, f"row {row}: {name}")
-            if state.memory is not None:
-                memory = empty_memory(mixer) if alone.memory is None else alone.memory[0]
-                assert_near(state.memory[row], memory, MIXER, f"row {row}: memory")
+            assert alone.window_k.shape[1] == min(n, W) or not windowed(case)
+            for name, off in state_errors(mixer, state, row, alone, n).items():
+                assert off <= MIXER, f"row {row}: {name} off by {off:.2e}"
 
 
 @every
@@ -413,17 +449,25 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in causal() if MIXERS[n].exact])
-def test_exact_start(name):
-    """With the setting that the preset names, the student is the teacher to 1e-5."""
+def exact_start(name: str, groups: int = 3, size: int | None = None, heads: int = G) -> tuple[torch.Tensor, torch.Tensor]:
+    """(student, teacher) with the setting that the preset names."""
     window, options, change = EXACT.get(name, (200, {}, lambda mixer: None))
-    mixer, call = build(name, HeadShape(D, G, 3, K, V), window, N, options), call_of(130)
+    mixer = build(name, HeadShape(D, heads, groups, size or K, size or V), window, N, options)
+    call = call_of(130, groups, size=size, heads=heads)
     if change is None:  # scalable softmax: p ln n = 1 at the last query
         mixer.p.data.fill_(1 / torch.tensor(130.0).log().item())
-        assert_near(mixer(call)[:, -1], attended(call)[:, -1], 1e-5)
-        return
+        return mixer(call)[:, -1], attended(call)[:, -1]
     change(mixer)
-    assert_near(mixer(call), attended(call), 1e-5)
+    return mixer(call), attended(call)
+
+
+WITH_EXACT_START = [name for name in causal() if MIXERS[name].exact]
+
+
+@pytest.mark.parametrize("name", WITH_EXACT_START)
+def test_exact_start(name):
+    """With the setting that the preset names, the student is the teacher to 1e-5."""
+    assert_near(*exact_start(name), EXACT_START)
 
 
 def attended(call: AttentionCall) -> torch.Tensor:
@@ -433,16 +477,20 @@ def attended(call: AttentionCall) -> torch.Tensor:
     return out.transpose(1, 2).unflatten(2, call.q_BTGRK.shape[2:4])
 
 
-@pytest.mark.parametrize("name", ["window_linear", "gated_delta", "mamba2", "gsa", "mala", "performer"])
-def test_bf16_stays_near_over_4096_steps(name):
-    """A bf16 model with an fp32 state: 4,096 tokens in calls of 64, against fp32 arithmetic on the same rounded numbers."""
-    mixer, call = mixer_of(name, groups=1), call_of(4096, groups=1, batch=1)
+def bf16_run(case: str, tokens: int, size: int | None = None, heads: int = G) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a bf16 model with an fp32 state over 4,096 tokens in calls of `tokens`, fp32 arithmetic on the same rounded numbers)."""
+    mixer, call = mixer_of(case, groups=1, size=size, heads=heads), call_of(4096, groups=1, batch=1, size=size, heads=heads)
     rounded = replace(call, **{n: getattr(call, n).bfloat16() for n in TENSORS})
     with torch.no_grad():
-        out, state = run(mixer, rounded, list(range(64, 4097, 64)))
+        out, state = run(mixer, rounded, list(range(tokens, 4097, tokens)))
         exact = mixer(replace(rounded, **{n: getattr(rounded, n).float() for n in TENSORS}))
-    assert out.dtype == torch.bfloat16 and state.memory.dtype == torch.float32
-    assert_near(out.float(), exact, BF16)
+    assert out.dtype == torch.bfloat16 and (state.memory is None or state.memory.dtype == torch.float32)
+    return out.float(), exact
+
+
+@pytest.mark.parametrize("name", ["window_linear", "gated_delta", "mamba2", "gsa", "mala", "performer"])
+def test_bf16_stays_near_over_4096_steps(name):
+    assert_near(*bf16_run(name, 64), BF16)
 
 
 def test_window_is_attention_under_its_mask():

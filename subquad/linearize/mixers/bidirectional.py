@@ -12,7 +12,7 @@ from torch import Tensor
 from subquad.kernels.additive import additive_chunk
 from subquad.linearize.mixers.base import AttentionCall
 from subquad.linearize.mixers.key_weights import NOTHING
-from subquad.linearize.mixers.normalisers import EPS, Sums
+from subquad.linearize.mixers.normalisers import Sums
 from subquad.linearize.mixers.stream import positions, real, seen
 
 
@@ -43,7 +43,7 @@ def whole_sequence(cell, call: AttentionCall) -> Tensor:
     y = _scans(q, k, value, cell.decay(call.hidden_BTD) * mask[..., 0]) if cell.decay is not None else _total(q, k, value)
     V = v.shape[-1]
     u = v.sum(1)[:, None].expand_as(v)
-    total, eps = y[..., V] if cell.has_total else None, 1e-30 if exponential else EPS
+    total, eps = y[..., V] if cell.has_total else None, rows.feature_map.floor
     sums = Sums(y[..., :V], total, u, n[:, None].expand(on.shape), weighed.get("allocation"), eps)
     out = cell.normalise(sums)
     return out if cell.output is None else cell.output(out, call.hidden_BTD)

@@ -160,7 +160,10 @@ def weights_of(mixer: Cell, call: AttentionCall, older: Tensor) -> Tensor:
             fade = fade * apart.cos()
         else:
             q, k = _turn(q, phase.unsqueeze(3)), _turn(k, phase)
-    w = torch.einsum("btgrf,bjgf,btjgf->bgrtj", q, k, fade.expand(q.shape[0], -1, -1, k.shape[2], k.shape[-1]))
+    if fade.shape[-1] == 1:
+        w = torch.einsum("btgrf,bjgf->bgrtj", q, k) * fade.squeeze(-1).permute(0, 3, 1, 2).unsqueeze(2)
+    else:
+        w = torch.einsum("btgrf,btjgf->bgrtj", q, k[:, None] * fade)
     if mixer.pieces["container"] == "partitions":
         route = mixer.routes(call.hidden_BTD)
         w = w * torch.einsum("btgp,bjgp->bgtj", route, route).unsqueeze(2)
@@ -188,7 +191,7 @@ def _normalised(mixer: Cell, call: AttentionCall, w: Tensor, older: Tensor) -> T
     """The published weights, pair by pair, times v."""
     name, total = mixer.pieces["normaliser"], w.sum(-1, keepdim=True)
     n = older.sum(-1, keepdim=True).clamp_min(1).to(w.dtype)
-    floor = 1e-30 if mixer.rows.feature_map.exponential else 1e-6
+    floor = mixer.rows.feature_map.floor
     if name == "sum":
         w = w / total.clamp_min(floor)
     elif name == "clamped":

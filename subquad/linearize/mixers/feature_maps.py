@@ -33,6 +33,11 @@ class FeatureMap:
     module: str = ""  # a key of MODULES: a map with parameters of its own
     unit: bool = False  # features are of unit length
     positions: bool = False  # asks where queries and keys stand
+    least: float = 1e-6  # the smallest divisor: where products of features of both signs cancel, what is left of a small sum is rounding
+
+    @property
+    def floor(self) -> float:
+        return 1e-30 if self.exponential else self.least
 
     @property
     def fused(self) -> str | None:
@@ -141,7 +146,7 @@ FEATURE_MAPS = {
     "norm_power": _row(norm_power_q, "SEEDS A13", factor=2, k_fn=norm_power_k),
     "fast1": _row(taylor1, "SEEDS A26", width=lambda K: K + 1),
     "fast2": _row(taylor2, "SEEDS A26", width=lambda K: 1 + K + _pairs(K)),
-    "quadratic": _row(quadratic, "SEEDS E08, p = 2", positive=True, width=_pairs),
+    "quadratic": _row(quadratic, "SEEDS E08, p = 2", positive=True, width=_pairs, least=0.1),
     "favor": _module("favor", "SEEDS A01", exponential="qk"),
     "gmm": _module("gmm", "SEEDS A21", exponential="qk"),
     "cosine": _module("cosine", "SEEDS A02", positions=True),

@@ -17,7 +17,7 @@ from subquad.linearize.mixers.key_weights import NOTHING, running
 from subquad.linearize.mixers.level_blocks import read_block, together
 from subquad.linearize.mixers.levels import read_all, read_steps
 from subquad.linearize.mixers.local import one_token
-from subquad.linearize.mixers.normalisers import EPS, Sums
+from subquad.linearize.mixers.normalisers import Sums
 from subquad.linearize.mixers.partitions import routed
 from subquad.linearize.mixers.positions import turned
 from subquad.linearize.mixers.slots import (
@@ -118,7 +118,7 @@ def read_additive(cell, call: AttentionCall, stream: Stream, now: Parts, parts: 
     if rows.normaliser.per_feature:
         q = q / running(k, parts["sums"][..., V]).clamp_min(TINY).unsqueeze(3)
     y = (scan or _scan)(cell, call, stream, (q, k, torch.cat(columns, -1), decay), parts)
-    sums = Sums(y[..., :V], y[..., V] if cell.has_total else None, eps=1e-30 if rows.feature_map.exponential else EPS)
+    sums = Sums(y[..., :V], y[..., V] if cell.has_total else None, eps=rows.feature_map.floor)
     if counted is not None:
         sums.u, n = running(v, counted[..., :V]), running(on[..., 0].expand(-1, -1, counted.shape[1]), counted[..., V])
         sums.n = n[:, :, 0]
