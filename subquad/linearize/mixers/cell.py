@@ -6,12 +6,15 @@ A file per knob with a table, a row per choice (knobs.py joins them); presets (p
 Key: as in base.py; F features of a head, M slots, P partitions.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, HeadShape, Mixer
 from subquad.linearize.mixers.bidirectional import whole_sequence
+from subquad.linearize.mixers.calibration import before_the_read, fit_share
 from subquad.linearize.mixers.combine import COMBINE_GATES, COMBINES, join, some_older
 from subquad.linearize.mixers.feature_maps import make_map
 from subquad.linearize.mixers.knobs import DEFAULTS, map_options, rows_of
@@ -89,6 +92,8 @@ class Cell(Mixer):
             place = plain_position(call)
             if place is not None:
                 return in_one_pass(self, call, place)
+        if call.calibrating:
+            before_the_read(self, call)
         before = call.state.memory if call.state is not None else None
         parts = open_parts(before, self.part_shapes, call.k_BTGK)
         position = positions(call, seen(call))
@@ -156,8 +161,17 @@ class Cell(Mixer):
             linear = linear * self.read_scale.float().unsqueeze(-1)
         if local is None:
             return linear
+        if call.calibrating:
+            fit_share(self, call, local.output(), linear, stream.on_BT)
         share = (torch.sigmoid(self.mix(call.hidden_BTD)) * some_older(stream.on_BT)).unsqueeze(-1)
         return row.mix(local.output(), linear, share)
+
+    @property
+    def stretch(self) -> Callable[[Tensor], None] | None:
+        """Multiplies the linear branch by a number per query head [G, R], in place; None where no parameter does."""
+        if self.read_scale is not None:
+            return lambda by_GR: self.read_scale.mul_(by_GR)
+        return getattr(self.output, "stretch", None)
 
     # --- sizes -------------------------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@
 As long as no token has left the window, the output is the window's. Key: B batch, T tokens, G key/value heads, R query heads per key/value head.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,11 +18,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
+from subquad.linearize.mixers.calibration import joint_share
 from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.local import Local
 
 TINY = torch.finfo(torch.float32).tiny
-START = 0.1  # share of the joint normaliser that `calibrate` gives the linear branch before any training
 
 # --- parameters of a combination: name in the cell -> what is built as (shape, mass) ----------------------------------------------------------
 
@@ -45,7 +44,7 @@ COMBINE_GATES = {"mix": token_gate, "factor": head_factor}
 
 def gate_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> Tensor:
     if call.calibrating:
-        calibrate(cell.mix, local, total_BTGR, log_scale)
+        joint_share(cell.mix, local, total_BTGR, log_scale)
     return cell.mix(call.hidden_BTD)
 
 
@@ -56,21 +55,6 @@ def top_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_s
 def own_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> Tensor:
     """The branch has logits of its own: nothing is added to them."""
     return torch.zeros_like(total_BTGR)
-
-
-@torch.no_grad()
-def calibrate(mix: InputGate, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> None:
-    """Set each query head's log weight so that the linear branch holds the share START of the normaliser, in the geometric mean over tokens.
-
-    The window's log sum is 4 to 8 nats, differs by head, and an untrained map's sums lie far below it: from one constant for all heads the
-    linear branch gets next to no gradient where it is needed most. A gate that has been trained (weight not zero) is left alone.
-    """
-    seen_BT = local.left_BT
-    if bool(mix.weight.any()) or not bool(seen_BT.any()):
-        return
-    ratio_BTGR = local.top + local.denominator.clamp_min(TINY).log() - total_BTGR.clamp_min(TINY).log() - log_scale
-    mean_GR = ratio_BTGR[seen_BT.expand(ratio_BTGR.shape[:2])].mean(0)
-    mix.bias.copy_((mean_GR + math.log(START / (1 - START))).flatten())
 
 
 # --- the table ------------------------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,10 @@ class Gate(InputGate):
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return log_decay(super().forward(hidden_BTD))
 
+    def start_at(self, log_G: Tensor) -> None:
+        """Fade by log_G a token: log sigmoid(b) / 16 = log, so b = -log(e^(-16 log) - 1)."""
+        self.bias.copy_(-torch.log(torch.expm1(-DAMPING * log_G)).repeat_interleave(self.bias.numel() // log_G.numel()))
+
 
 class VectorGate(Gate):
     """The same with one number per feature, through a low rank."""
@@ -63,6 +67,9 @@ class Fixed(nn.Module):
     @staticmethod
     def logs(heads: int) -> Tensor:
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float32, device="cpu")))
+
+    def start_at(self, log_G: Tensor) -> None:
+        self.log_G.copy_(log_G)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.log_G.float().expand(*hidden_BTD.shape[:2], -1)
@@ -87,6 +94,10 @@ class StepSize(nn.Module):
 
     def step(self, hidden_BTD: Tensor) -> Tensor:
         return F.softplus(self.dt(hidden_BTD))
+
+    def start_at(self, log_G: Tensor) -> None:
+        """By A: dt stays, which scales what is written as well."""
+        self.log_a.copy_(torch.log(-log_G / F.softplus(self.dt.bias.float())))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return -self.step(hidden_BTD) * self.log_a.float().exp()

@@ -27,6 +27,9 @@ class Scaled(nn.Module):
     def forward(self, y: Tensor, hidden_BTD: Tensor) -> Tensor:
         return y * self.scale.float()
 
+    def stretch(self, by_GR: Tensor) -> None:
+        self.scale.mul_(by_GR.unsqueeze(-1))
+
 
 class Norm(nn.Module):
     """RMS norm over V with a weight per query head and channel (group norm without mean or bias)."""
@@ -37,6 +40,9 @@ class Norm(nn.Module):
 
     def forward(self, y: Tensor, hidden_BTD: Tensor) -> Tensor:
         return F.rms_norm(y, y.shape[-1:], eps=1e-5) * self.weight.float()
+
+    def stretch(self, by_GR: Tensor) -> None:
+        self.weight.mul_(by_GR.unsqueeze(-1))
 
 
 class NormGate(Norm):
