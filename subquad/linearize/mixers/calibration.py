@@ -1,59 +1,62 @@
-"""Start values that depend on text, set from one pass of the teacher (modes.calibrate), without any training. One function per value:
+"""Start values that depend on text, set from one pass of the teacher (modes.calibrate), without any training. A switch per kind:
 
-    share        joint: the branch holds a tenth of the normaliser. gated, added: the least-squares mix to the teacher's output, per query head
-    decay        each head fades as fast as the teacher's attention beyond the window does
-    map          hedgehog: as sharp as the teacher's softmax over the same keys. LLN: moment matching. codebook: k-means of the teacher's keys
+    fit_share    gated, added: the least-squares mix of the window's and the linear branch's output to the teacher's, per query head, and the size of
+                 a branch that has a number for it. joint: the share of the normaliser, off a grid, whose output is nearest the teacher's
+                 (off: a tenth)
+    fit_map      Hedgehog, LLN: how sharp the map is, off a grid, so that such a mix is nearest the teacher's output. Codebook: k-means of its keys
+    fit_concentration   in the place of that: Hedgehog as concentrated as the teacher (entropy over older keys), LLN by its own moment matching
+    fit_decay    each head fades as fast as the teacher's attention beyond the window does
 
-What helps is measured in docs/results.md ("Calibration before training"). Values are functions of the call alone, without random numbers, and are
-parameters or buffers, so that a saved student is the calibrated one. A cell whose gates have been trained is left alone.
+What helps is on (docs/results.md, "Calibration before training"); the last two did not (docs/log.md, 2026-11-27). Values are functions of the call
+alone, without random numbers, and are parameters or buffers, so that a saved student is the calibrated one. A cell whose gates have been trained is
+left alone. Nothing is fitted to encoders, which have nothing older than a window.
 
-Key: as in base.py; Q queries looked at, J tokens that are read, S codewords.
+Key: as in base.py; N rows that count, Q queries looked at, J tokens that are read, F features, S codewords.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall
+from subquad.linearize.mixers.combine import TINY, join
 from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.local import Local
-from subquad.linearize.mixers.stream import positions, real, seen
+from subquad.linearize.mixers.normalisers import Sums
+from subquad.linearize.mixers.stream import Stream, positions, real, seen
 
-TINY = torch.finfo(torch.float32).tiny
 QUERIES = 256  # of a call, evenly spaced: their weights over all tokens are written out
 
-START = 0.1  # share of the joint normaliser before any training
+TENTH = 0.1  # share of the joint normaliser where it is not fitted
 LEAST, MOST = 0.02, 0.9  # of a fitted share: a gate at 0 or 1 would give its branch, or the window, no gradient
-RATES = torch.logspace(-4, 0, 49, dtype=torch.float64).float()  # per token; half-lives of 7,000 tokens to one
-TEMPERATURES = 2.0 ** torch.linspace(-2, 2, 9)
-MOMENT_A, MOMENT_B = 0.14855178, -0.35487039  # var(log weight) = a (alpha^2 var q + beta^2 var k) + b: the fit of LLN's third-party code (SEEDS A15)
+SHARES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the joint normaliser
+SHARPER = 2.0 ** torch.linspace(-3, 3, 13)
+RATES = torch.logspace(-4, 0, 49)  # per token; half-lives of 7,000 tokens to one
+MOMENT_A, MOMENT_B = 0.14855178, -0.35487039  # var(log weight) = a (alpha^2 var q + beta^2 var k) + b: third-party code of LLN (SEEDS A15)
 KMEANS_STEPS = 10
 
 
 @torch.no_grad()
-def before_the_read(cell, call: AttentionCall) -> None:
-    """Maps and decays of a cell that has not been trained."""
-    if not fresh(cell):
-        return
-    sample = look(cell, call)
+def fit_before(cell, call: AttentionCall) -> None:
+    """Maps and decays of a cell that has not been trained: what comes before the read."""
+    sample = look(cell, call) if fresh(cell) else None
     if sample is None:
         return
-    if cell.pieces["fit_map"] and not cell.rows.container.slots and cell.rows.feature_map.fit:
-        FITS[cell.rows.feature_map.fit](cell, call, sample)
-    if cell.pieces["fit_decay"] and hasattr(cell.decay, "start_at"):
+    p, fit = cell.pieces, cell.rows.feature_map.fit
+    if fit and not cell.rows.container.slots and cell.map_k.untouched():
+        if p["fit_concentration"] and fit in CONCENTRATION:
+            CONCENTRATION[fit](cell, call, sample)
+        elif p["fit_map"]:
+            FITS[fit](cell, call, sample)
+    if p["fit_decay"] and cell.rows.decay.fits:
         cell.decay.start_at(fade(sample))
 
 
 def fresh(cell) -> bool:
     """No step of training has been taken: the gates of mix and decay start with weight zero and get gradients at once."""
-    gates = [gate for name in ("mix", "decay") for gate in _modules(getattr(cell, name, None)) if isinstance(gate, InputGate)]
-    return not any(bool(gate.weight.any()) for gate in gates)
-
-
-def _modules(module) -> list:
-    return [] if module is None else list(module.modules())
+    tops = [top for top in (getattr(cell, "mix", None), cell.decay) if top is not None]
+    return not any(bool(gate.weight.any()) for top in tops for gate in top.modules() if isinstance(gate, InputGate))
 
 
 # --- what the teacher does with older tokens --------------------------------------------------------------------------------------------------
@@ -72,6 +75,16 @@ class Sample:
     def mass_BQGR(self) -> Tensor:
         """Of the older tokens: how much a query's row counts."""
         return (self.weights_BQGRJ * self.older_BQJ[:, :, None, None]).sum(-1)
+
+    def outputs(self, v_BTGV: Tensor) -> tuple[Tensor, Tensor]:
+        """([B, Q, G, R, V] of the teacher, of its softmax over what is not older)."""
+        exact, near = (torch.einsum("bqgrj,bjgv->bqgrv", x, v_BTGV.float()) for x in (self.weights_BQGRJ, self.near))
+        sink = (1 - self.weights_BQGRJ.sum(-1)).clamp_min(0)  # what a learned sink takes
+        return exact, near / (self.near.sum(-1) + sink).clamp_min(TINY).unsqueeze(-1)
+
+    @property
+    def near(self) -> Tensor:
+        return self.weights_BQGRJ * ~self.older_BQJ[:, :, None, None]
 
 
 def look(cell, call: AttentionCall) -> Sample | None:
@@ -107,13 +120,15 @@ def teacher_weights(call: AttentionCall, at_Q: Tensor) -> Tensor:
 def fade(sample: Sample) -> Tensor:
     """[G]: log decay <= 0 per token at which even weights e^(log x age) over the older tokens have the teacher's mean age, by the grid of RATES."""
     older, age = sample.older_BQJ.float(), sample.age_QJ.clamp_min(0).float()
-    mass = sample.mass_BQGR.sum(-1)  # [B, Q, G]
-    wanted = torch.einsum("bqgrj,bqj,qj->g", sample.weights_BQGRJ, older, age) / mass.sum((0, 1)).clamp_min(TINY)
+    mass_BQG = sample.mass_BQGR.sum(-1)
+    total_G = mass_BQG.sum((0, 1))
+    wanted = torch.einsum("bqgrj,bqj,qj->g", sample.weights_BQGRJ, older, age) / total_G.clamp_min(TINY)
+    wanted = wanted.masked_fill(total_G == 0, float(age.max()))  # a head that does not look there: the slowest
     found = []
     for rate in RATES.tolist():
         faded = (-rate * age).exp() * older
         mean = (faded * age).sum(-1) / faded.sum(-1).clamp_min(TINY)  # [B, Q]
-        found.append((mass * mean.unsqueeze(-1)).sum((0, 1)) / mass.sum((0, 1)).clamp_min(TINY))
+        found.append((mass_BQG * mean.unsqueeze(-1)).sum((0, 1)) / total_G.clamp_min(TINY))
     nearest = (torch.stack(found) - wanted).abs().argmin(0)
     return -RATES.to(nearest.device)[nearest]
 
@@ -121,18 +136,34 @@ def fade(sample: Sample) -> Tensor:
 # --- maps ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def temperature(cell, call: AttentionCall, sample: Sample) -> None:
-    """Scale W so that the linear weights over the older tokens have the entropy of the teacher's; one number per key/value head, on both sides."""
-    older, mass = sample.older_BQJ[:, :, None, None], sample.mass_BQGR
-    wanted = _entropy(sample.weights_BQGRJ * older, mass)
-    found = torch.stack([_entropy(linear_weights(cell, call, sample, float(t)) * older, mass) for t in TEMPERATURES])
-    best_G = TEMPERATURES.to(found.device)[(found - wanted).abs().argmin(0)]
-    cell.map_q.sharpen(best_G[:, None].expand(-1, call.q_BTGRK.shape[3]))
-    cell.map_k.sharpen(best_G)
+def sharpness(cell, call: AttentionCall, sample: Sample) -> None:
+    """Scale W (LLN: alpha) on both sides by the number per key/value head, off a grid, with which the least-squares mix of the window and a
+    linear branch that divides by its sum is nearest the teacher's output."""
+    if not (cell.rows.combine.joint or cell.rows.normaliser.divides):
+        return
+    exact, window = sample.outputs(call.v_BTGV)
+    on, v, errors = sample.older_BQJ.any(-1), call.v_BTGV.float(), []
+    for by in SHARPER.tolist():
+        weights = linear_weights(cell, call, sample, by)
+        linear = torch.einsum("bqgrj,bjgv->bqgrv", weights, v) / weights.sum(-1, keepdim=True).clamp_min(TINY)
+        errors.append(mix_of(window[on], linear[on], exact[on], adds=cell.rows.combine.adds).error_GR.sum(-1))
+    _sharpen(cell, SHARPER.to(v.device)[torch.stack(errors).argmin(0)])
+
+
+def concentration(cell, call: AttentionCall, sample: Sample) -> None:
+    """The same so that the linear weights over the older tokens have the entropy of the teacher's."""
+    wanted = _entropy(sample.weights_BQGRJ * sample.older_BQJ[:, :, None, None], sample.mass_BQGR)
+    found = torch.stack([_entropy(linear_weights(cell, call, sample, by), sample.mass_BQGR) for by in SHARPER.tolist()])
+    _sharpen(cell, SHARPER.to(found.device)[(found - wanted).abs().argmin(0)])
+
+
+def _sharpen(cell, by_G: Tensor) -> None:
+    cell.map_q.sharpen(by_G[:, None].expand(-1, cell.shape.groups))
+    cell.map_k.sharpen(by_G)
 
 
 def linear_weights(cell, call: AttentionCall, sample: Sample, sharper: float = 1.0) -> Tensor:
-    """[B, Q, G, R, J] up to a factor per query: phi(sharper q).phi(sharper k). Maps with a weight in front are linear there."""
+    """[B, Q, G, R, J] up to a factor per query, 0 where j is not older: phi(sharper q).phi(sharper k), which is phi of a sharper W."""
     position, at = positions(call, seen(call)), sample.at_Q
     q = cell.map_q(cell.queries(call)[:, at].float() * sharper, position[:, at])
     k = cell.map_k(cell.keys(call).float() * sharper, position)
@@ -140,7 +171,7 @@ def linear_weights(cell, call: AttentionCall, sample: Sample, sharper: float = 1
         q = (q - q.amax(-1, keepdim=True)).exp()
     if "k" in cell.rows.feature_map.exponential:
         k = (k - k.amax((1, 3), keepdim=True)).exp()
-    return torch.einsum("bqgrf,bjgf->bqgrj", q, k)
+    return torch.einsum("bqgrf,bjgf->bqgrj", q, k) * sample.older_BQJ[:, :, None, None]
 
 
 def _entropy(weights_BQGRJ: Tensor, mass_BQGR: Tensor) -> Tensor:
@@ -166,8 +197,6 @@ def moments(cell, call: AttentionCall, sample: Sample) -> None:
 
 def codebook(cell, call: AttentionCall, sample: Sample) -> None:
     """Codewords are the k-means of the teacher's keys (SEEDS A19), from keys evenly spaced in the text."""
-    if not cell.map_k.untouched():
-        return
     keys = cell.keys(call).float()[real(call)].transpose(0, 1)  # [G, N, K]
     words = keys[:, torch.linspace(0, keys.shape[1] - 1, cell.map_k.count, device=keys.device).round().long()]
     for _ in range(KMEANS_STEPS):
@@ -178,45 +207,76 @@ def codebook(cell, call: AttentionCall, sample: Sample) -> None:
     cell.map_k.codewords.copy_(words)
 
 
-FITS = {"temperature": temperature, "moments": moments, "codebook": codebook}
+FITS = {"sharpness": sharpness, "log_normal": sharpness, "codebook": codebook}
+CONCENTRATION = {"sharpness": concentration, "log_normal": moments}
 
 # --- share --------------------------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Mix:
+    """share x window's complement and size of the linear branch (None: it has none), and the squared error that is left; each [G, R]."""
+
+    share_GR: Tensor
+    size_GR: Tensor | None
+    error_GR: Tensor
+
+
+def mix_of(window: Tensor, linear: Tensor, exact: Tensor, adds: bool = False, sized: bool = False) -> Mix:
+    """The least-squares fit of exact by (1 - g) window + g c linear, or by window + g c linear where the branch is added; c = 1 unless sized.
+    All [N, G, R, V] fp32.
+
+    g stays between LEAST and MOST, and c large enough that g c linear is a tenth of g window: a branch that is of no use yet can still learn.
+    """
+    ww, wl, ll, we, le, ee = (
+        (a * b).sum((0, 3))
+        for a, b in ((window, window), (window, linear), (linear, linear), (window, exact), (linear, exact), (exact, exact))
+    )
+    size = None
+    if adds:
+        share = (le - wl) / ll.clamp_min(TINY)
+    elif sized:
+        share = 1 - (we * ll - le * wl) / (ww * ll - wl.square()).clamp_min(TINY)
+    else:
+        share = (le - wl - we + ww) / (ll - 2 * wl + ww).clamp_min(TINY)
+    share = share.clamp(LEAST, MOST)
+    of_window = torch.ones_like(share) if adds else 1 - share
+    if sized:
+        size = (le - of_window * wl) / (share * ll).clamp_min(TINY)
+        size = torch.maximum(size, 0.1 * (ww / ll.clamp_min(TINY)).sqrt())
+    part = share if size is None else share * size
+    error = ee - 2 * (of_window * we + part * le) + of_window.square() * ww + 2 * of_window * part * wl + part.square() * ll
+    return Mix(share, size, error)
+
+
 @torch.no_grad()
-def joint_share(mix: InputGate, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> None:
-    """Set each query head's log weight so that the linear branch holds the share START of the normaliser, in the geometric mean over tokens.
+def fit_mix(cell, call: AttentionCall, window: Tensor, linear: Tensor, on_BT: Tensor) -> None:
+    """Each query head's share of the linear branch's output, and its size. Outputs are [B, T, G, R, V] fp32."""
+    on = on_BT.expand(window.shape[:2])
+    if not cell.pieces["fit_share"] or call.exact_BTGRV is None or not bool(on.any()) or not fresh(cell):
+        return
+    size = cell.size
+    found = mix_of(window[on], linear[on], call.exact_BTGRV[on].float(), adds=cell.rows.combine.adds, sized=size is not None)
+    cell.mix.bias.copy_(torch.logit(found.share_GR).flatten())
+    if size is not None:
+        size.mul_(found.size_GR.view(*found.size_GR.shape, *(1,) * (size.dim() - 2)))
+
+
+@torch.no_grad()
+def fit_joint(cell, call: AttentionCall, local: Local, stream: Stream, sums: Sums, log_scale: Tensor | float) -> None:
+    """Each query head's log weight of the linear branch's sums under a joint normaliser, so that the branch holds a certain share of it, in the
+    geometric mean over tokens: the one of SHARES whose output is nearest the teacher's, a tenth where that is not to be fitted.
 
     The window's log sum is 4 to 8 nats, differs by head, and an untrained map's sums lie far below it: from one constant for all heads the
-    linear branch gets next to no gradient where it is needed most. A gate that has been trained (weight not zero) is left alone.
+    linear branch gets next to no gradient where it is needed most.
     """
-    seen_BT = local.left_BT
-    if bool(mix.weight.any()) or not bool(seen_BT.any()):
+    on, exact = stream.on_BT.expand(sums.total.shape[:2]), call.exact_BTGRV
+    if cell.rows.combine.gate != "mix" or not bool(on.any()) or not fresh(cell):
         return
-    ratio_BTGR = local.top + local.denominator.clamp_min(TINY).log() - total_BTGR.clamp_min(TINY).log() - log_scale
-    mean_GR = ratio_BTGR[seen_BT.expand(ratio_BTGR.shape[:2])].mean(0)
-    mix.bias.copy_((mean_GR + math.log(START / (1 - START))).flatten())
-
-
-@torch.no_grad()
-def fit_share(cell, call: AttentionCall, window: Tensor, linear: Tensor, on_BT: Tensor) -> None:
-    """Set each query head's share g, and the linear branch's size where the cell has a number for it, to the least-squares fit of the teacher's
-    output: (1 - g) window + g c linear, or window + g c linear where the branch is added. Outputs are [B, T, G, R, V] fp32."""
-    exact, on = call.exact_BTGRV, on_BT.expand(window.shape[:2])
-    if not cell.pieces["fit_share"] or exact is None or not fresh(cell) or not bool(on.any()):
-        return
-    w, l, e = (x.float()[on] for x in (window, linear, exact))  # [N, G, R, V]
-    dot = lambda a, b: (a * b).sum((0, 3))  # noqa: E731
-    ww, wl, ll, we, le = dot(w, w), dot(w, l), dot(l, l).clamp_min(TINY), dot(w, e), dot(l, e)
-    if cell.pieces["combine"] == "added":
-        share, size = ((le - wl) / ll), None
-    elif (stretch := cell.stretch) is None:
-        share, size = (le - wl - we + ww) / (ll - 2 * wl + ww).clamp_min(TINY), None
-    else:
-        x = (we * ll - le * wl) / (ww * ll - wl.square()).clamp_min(TINY)
-        share = (1 - x).clamp(LEAST, MOST)
-        part = ((le - (1 - share) * wl) / ll).clamp_min(0)
-        size = torch.maximum(part / share, 0.1 * (ww / ll).sqrt())
-        stretch(size)
-    share = share.clamp(LEAST, MOST)
-    cell.mix.bias.copy_(torch.logit(share).flatten())
+    ratio_BTGR = local.top + local.denominator.clamp_min(TINY).log() - sums.total.clamp_min(TINY).log() - log_scale
+    mean_GR, shares = ratio_BTGR[on].mean(0), torch.tensor([TENTH], device=on.device)
+    if cell.pieces["fit_share"] and exact is not None:
+        shares = torch.tensor(SHARES, device=on.device)
+        outs = (join(local, on, sums.y, sums.total, mean_GR + torch.logit(share) + log_scale) for share in shares)
+        shares = shares[torch.stack([(out[on] - exact[on].float()).square().sum((0, 3)) for out in outs]).argmin(0)]
+    cell.mix.bias.copy_((mean_GR + torch.logit(shares)).flatten())

@@ -6,15 +6,13 @@ A file per knob with a table, a row per choice (knobs.py joins them); presets (p
 Key: as in base.py; F features of a head, M slots, P partitions.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, HeadShape, Mixer
 from subquad.linearize.mixers.bidirectional import whole_sequence
-from subquad.linearize.mixers.calibration import before_the_read, fit_share
+from subquad.linearize.mixers.calibration import fit_before, fit_joint, fit_mix
 from subquad.linearize.mixers.combine import COMBINE_GATES, COMBINES, join, some_older
 from subquad.linearize.mixers.feature_maps import make_map
 from subquad.linearize.mixers.knobs import DEFAULTS, map_options, rows_of
@@ -93,7 +91,7 @@ class Cell(Mixer):
             if place is not None:
                 return in_one_pass(self, call, place)
         if call.calibrating:
-            before_the_read(self, call)
+            fit_before(self, call)
         before = call.state.memory if call.state is not None else None
         parts = open_parts(before, self.part_shapes, call.k_BTGK)
         position = positions(call, seen(call))
@@ -152,6 +150,8 @@ class Cell(Mixer):
         row = self.rows.combine
         sums, log_scale = self.read(self, call, stream, now, parts)
         if row.joint:
+            if call.calibrating:
+                fit_joint(self, call, local, stream, sums, log_scale)
             share = row.share(self, call, local, sums.total, log_scale)
             return join(local, stream.on_BT, sums.y, sums.total, share + log_scale)
         linear = self.normalise(sums)
@@ -162,16 +162,14 @@ class Cell(Mixer):
         if local is None:
             return linear
         if call.calibrating:
-            fit_share(self, call, local.output(), linear, stream.on_BT)
+            fit_mix(self, call, local.output(), linear, stream.on_BT)
         share = (torch.sigmoid(self.mix(call.hidden_BTD)) * some_older(stream.on_BT)).unsqueeze(-1)
         return row.mix(local.output(), linear, share)
 
     @property
-    def stretch(self) -> Callable[[Tensor], None] | None:
-        """Multiplies the linear branch by a number per query head [G, R], in place; None where no parameter does."""
-        if self.read_scale is not None:
-            return lambda by_GR: self.read_scale.mul_(by_GR)
-        return getattr(self.output, "stretch", None)
+    def size(self) -> nn.Parameter | None:
+        """The parameter [G, R, ..] that multiplies the linear branch."""
+        return self.read_scale if self.read_scale is not None or self.output is None else self.output.size
 
     # --- sizes -------------------------------------------------------------------------------------------------------------------------
 

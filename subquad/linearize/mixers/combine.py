@@ -18,7 +18,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
-from subquad.linearize.mixers.calibration import joint_share
 from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.local import Local
 
@@ -43,8 +42,6 @@ COMBINE_GATES = {"mix": token_gate, "factor": head_factor}
 
 
 def gate_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> Tensor:
-    if call.calibrating:
-        joint_share(cell.mix, local, total_BTGR, log_scale)
     return cell.mix(call.hidden_BTD)
 
 
@@ -71,6 +68,7 @@ class CombineRow:
     gate: str = ""  # a row of COMBINE_GATES
     share: Callable[..., Tensor] | None = None  # one normaliser for both: the branch's log weight under it
     mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (window, linear, sigmoid of the gate) of two outputs
+    adds: bool = False  # mix leaves the window's output as it is
     window: bool = True
 
     @property
@@ -84,7 +82,7 @@ COMBINES = {
     "joint_top": CombineRow("one normaliser, the window's maximum on its own side only", "SEEDS 0.2, G02", "factor", share=top_share),
     "logits": CombineRow("one softmax over the window's and the branch's logits", "SEEDS C03, A19", share=own_share),
     "gated": CombineRow("(1 - g) window + g linear", "SEEDS B15, D07", "mix", mix=torch.lerp),
-    "added": CombineRow("window + s linear", "SEEDS C01", "mix", mix=added),
+    "added": CombineRow("window + s linear", "SEEDS C01", "mix", mix=added, adds=True),
     "alone": CombineRow("linear only", "SEEDS 3.1", window=False),
 }
 

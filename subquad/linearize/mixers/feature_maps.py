@@ -31,7 +31,7 @@ class FeatureMap:
     module: str = ""  # a key of MODULES: a map with parameters of its own
     unit: bool = False  # features are of unit length
     positions: bool = False  # asks where queries and keys stand
-    fit: str = ""  # a row of calibration.FITS
+    fit: str = ""  # what calibration.py sets before training: a row of FITS
 
 
 def hedgehog_exp(y: Tensor) -> Tensor:
@@ -139,9 +139,9 @@ MODULES = {
 }
 
 FEATURE_MAPS = {
-    "hedgehog_exp": FeatureMap(hedgehog_exp, 2, True, "SEEDS A03 (paper form)", fit="temperature"),
-    "hedgehog_softmax2": FeatureMap(hedgehog_softmax2, 2, True, "SEEDS A03 (LoLCATs form)", fit="temperature"),
-    "hedgehog_softmax": FeatureMap(hedgehog_softmax, 2, True, "SEEDS A03 (one softmax over both signs)", fit="temperature"),
+    "hedgehog_exp": FeatureMap(hedgehog_exp, 2, True, "SEEDS A03 (paper form)", fit="sharpness"),
+    "hedgehog_softmax2": FeatureMap(hedgehog_softmax2, 2, True, "SEEDS A03 (LoLCATs form)", fit="sharpness"),
+    "hedgehog_softmax": FeatureMap(hedgehog_softmax, 2, True, "SEEDS A03 (one softmax over both signs)", fit="sharpness"),
     "unit": FeatureMap(unit, 1, False, "SEEDS B01", unit=True),
     "silu_unit": _row(silu_unit, "SEEDS B01", positive=False, weight=True, unit=True),
     "unit_norm": _row(unit, "SEEDS A04", positive=False, unit=True),
@@ -160,7 +160,7 @@ FEATURE_MAPS = {
     "favor": _module("favor", "SEEDS A01", exponential="qk"),
     "gmm": _module("gmm", "SEEDS A21", exponential="qk"),
     "cosine": _module("cosine", "SEEDS A02", positions=True),
-    "log_normal": _module("log_normal", "SEEDS A15", exponential="qk", fit="moments"),
+    "log_normal": _module("log_normal", "SEEDS A15", exponential="qk", fit="log_normal"),
     "focused": _module("focused", "SEEDS A08"),
     "taylor": _module("taylor", "SEEDS A05"),
     "normed": _module("normed", "SEEDS A23", positive=False),
@@ -194,6 +194,10 @@ class LearnedMap(nn.Module):
         if self.map.bias:
             y = y + self.bias.float()
         return self.fn(y)
+
+    def untouched(self) -> bool:
+        """W is what it was built with."""
+        return torch.equal(self.weight, torch.eye(self.weight.shape[-1]).to(self.weight).expand_as(self.weight))
 
     def sharpen(self, by: Tensor) -> None:
         """Multiply W by a number per head."""

@@ -46,6 +46,9 @@ class LogNormal(nn.Module):
     def forward(self, x: Tensor, position_BT: Tensor | None = None) -> Tensor:
         return self.alpha.float() * (x.float() * self.scale)
 
+    def untouched(self) -> bool:
+        return bool((self.alpha == 1).all())
+
     def sharpen(self, by: Tensor) -> None:
         self.alpha.mul_(by.unsqueeze(-1))
 
