@@ -1,7 +1,7 @@
 """What start values from the teacher's layer are worth (subquad/linearize/mixers/calibration.py): presets with and without each, before and after training.
 
-    python benchmarks/calibration.py --out runs/calibration                       # untrained: every preset x every start; the table of docs/results.md
-    python benchmarks/calibration.py --out runs/calibration --starts before,all --tokens 10k
+    python benchmarks/calibration.py --out runs/starts --windows 0                                        # untrained, errors only
+    python benchmarks/calibration.py --out runs/trained --starts before,all --every --tokens 10k --group 2    # and after 10k tokens of transfer
 
 Attention error: the transfer loss on held-out text, mean over layers. Perplexity: of the whole student on held-out text, as a ratio to the teacher's.
 All starts of a preset are the same seed and share the teacher's passes. Rows are kept in OUT/rows.jsonl; what is there is not measured again.
@@ -20,6 +20,9 @@ from subquad.distill.stage import Stage
 from subquad.evals import evaluate
 from subquad.inputs import Teacher, read_documents
 from subquad.linearize import restore
+from subquad.linearize.mixers import MIXERS
+from subquad.linearize.mixers.calibration import CONCENTRATION
+from subquad.linearize.mixers.knobs import DEFAULTS, rows_of
 from subquad.linearize.modes import calibrate
 from subquad.progress import Reporter
 from subquad.recipe import load_recipe
@@ -35,6 +38,19 @@ STARTS = {
     "decay": {**NONE, "fit_decay": True},
     "all": {},  # the defaults
 }
+
+
+def applies(name: str, start: str) -> bool:
+    """The preset has something that this start sets, and not only what another start of the table sets as well."""
+    rows = rows_of({**DEFAULTS, **MIXERS[name].pieces})
+    has = {
+        "share": rows.combine.gate == "mix",
+        "map": bool(rows.feature_map.fit),
+        "concentration": rows.feature_map.fit in CONCENTRATION,
+        "decay": rows.decay.fits,
+        "before": True,
+    }
+    return has[start] if start in has else has["share"] and has["map"]
 
 
 def perplexity(model, held_out: torch.Tensor, arguments) -> float:
@@ -53,9 +69,8 @@ def table(rows: list[dict]) -> str:
     columns = ("error", "ratio", "error after", "ratio after")
     lines = ["| preset | start | " + " | ".join(columns) + " |", "|" + "---|" * (2 + len(columns))]
     for row in rows:
-        if "start" in row:
-            values = [f"{row[name]:.4f}" if name in row else "" for name in columns]
-            lines.append("| " + " | ".join([row["preset"], row["start"], *values]) + " |")
+        values = [f"{row[name]:.4f}" if name in row else "" for name in columns]
+        lines.append("| " + " | ".join([row["preset"], row["start"], *values]) + " |")
     return "\n".join(lines)
 
 
@@ -70,6 +85,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=1, help="of held-out text for perplexity; 0: none")
     parser.add_argument("--eval-context", type=int, default=1024)
     parser.add_argument("--group", type=int, default=4, help="presets that share the teacher's passes")
+    parser.add_argument("--every", action="store_true", help="also starts that change nothing in a preset, or no more than another start")
     parser.add_argument("--set", action="append", default=[], help="changes to the recipe that gives teacher and text")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -311,6 +311,8 @@ def test_training_that_goes_on_ends_where_it_would_have(name, tmp_path):
     for stop in (2, 1, 2):
         student = student_of(name, fit_decay=True)
         folder = tmp_path / ("whole" if not ends else "parts") / "checkpoints"
-        heal(student, stages[:stop], text, open_teacher=lambda: None, folder=folder, log=JsonLog(tmp_path / "log"), seed=0, report=Reporter())
+        heal(
+            student, stages[:stop], text, open_teacher=lambda: None, folder=folder, log=JsonLog(tmp_path / "log"), seed=0, report=Reporter()
+        )
         ends.append(student.state_dict())
     assert_equal(ends[2], ends[0])

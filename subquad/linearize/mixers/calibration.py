@@ -31,7 +31,7 @@ QUERIES = 256  # of a call, evenly spaced: their weights over all tokens are wri
 TENTH = 0.1  # share of the joint normaliser where it is not fitted
 LEAST, MOST = 0.02, 0.9  # of a fitted share: a gate at 0 or 1 would give its branch, or the window, no gradient
 SHARES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the joint normaliser
-SHARPER = 2.0 ** torch.linspace(-3, 3, 13)
+SHARPER = tuple(2.0 ** (i / 2) for i in range(-6, 7))
 RATES = torch.logspace(-4, 0, 49)  # per token; half-lives of 7,000 tokens to one
 MOMENT_A, MOMENT_B = 0.14855178, -0.35487039  # var(log weight) = a (alpha^2 var q + beta^2 var k) + b: third-party code of LLN (SEEDS A15)
 KMEANS_STEPS = 10
@@ -138,23 +138,28 @@ def fade(sample: Sample) -> Tensor:
 
 def sharpness(cell, call: AttentionCall, sample: Sample) -> None:
     """Scale W (LLN: alpha) on both sides by the number per key/value head, off a grid, with which the least-squares mix of the window and a
-    linear branch that divides by its sum is nearest the teacher's output."""
-    if not (cell.rows.combine.joint or cell.rows.normaliser.divides):
+    linear branch that divides by its sum is nearest the teacher's output.
+
+    A joint normaliser gives the branch more of a sharp query's output, which that mix does not see: there at most twice as sharp (docs/log.md).
+    """
+    joint = cell.rows.combine.joint
+    if not (joint or cell.rows.normaliser.divides):
         return
+    grid = [by for by in SHARPER if by <= 2] if joint else SHARPER
     exact, window = sample.outputs(call.v_BTGV)
     on, v, errors = sample.older_BQJ.any(-1), call.v_BTGV.float(), []
-    for by in SHARPER.tolist():
+    for by in grid:
         weights = linear_weights(cell, call, sample, by)
         linear = torch.einsum("bqgrj,bjgv->bqgrv", weights, v) / weights.sum(-1, keepdim=True).clamp_min(TINY)
         errors.append(mix_of(window[on], linear[on], exact[on], adds=cell.rows.combine.adds).error_GR.sum(-1))
-    _sharpen(cell, SHARPER.to(v.device)[torch.stack(errors).argmin(0)])
+    _sharpen(cell, torch.tensor(grid, device=v.device)[torch.stack(errors).argmin(0)])
 
 
 def concentration(cell, call: AttentionCall, sample: Sample) -> None:
     """The same so that the linear weights over the older tokens have the entropy of the teacher's."""
     wanted = _entropy(sample.weights_BQGRJ * sample.older_BQJ[:, :, None, None], sample.mass_BQGR)
-    found = torch.stack([_entropy(linear_weights(cell, call, sample, by), sample.mass_BQGR) for by in SHARPER.tolist()])
-    _sharpen(cell, SHARPER.to(found.device)[(found - wanted).abs().argmin(0)])
+    found = torch.stack([_entropy(linear_weights(cell, call, sample, by), sample.mass_BQGR) for by in SHARPER])
+    _sharpen(cell, torch.tensor(SHARPER, device=found.device)[(found - wanted).abs().argmin(0)])
 
 
 def _sharpen(cell, by_G: Tensor) -> None:
@@ -215,7 +220,7 @@ CONCENTRATION = {"sharpness": concentration, "log_normal": moments}
 
 @dataclass
 class Mix:
-    """share x window's complement and size of the linear branch (None: it has none), and the squared error that is left; each [G, R]."""
+    """The linear branch's share g and size c (None: it has no number for it), and the squared error that is left; each [G, R]."""
 
     share_GR: Tensor
     size_GR: Tensor | None

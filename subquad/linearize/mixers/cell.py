@@ -32,7 +32,8 @@ class Cell(Mixer):
 
     mass: the starting share of the linear branch, as a logit (gated, added) or as a log weight (joint). rank: of low-rank gates. features: of maps
     that can have any number (0: their own). horizon: longest distance of the cosine map. slots; partitions, top: how many there are, how many a
-    token uses. cache: pairs that stay exact between window and state, 0 for none (sparse_cache.py).
+    token uses. cache: pairs that stay exact between window and state, 0 for none (sparse_cache.py). fit_share, fit_map, fit_concentration, fit_decay:
+    what is set from the teacher's layer before training (calibration.py).
     """
 
     def __init__(self, shape: HeadShape, window: int, sinks: int, **given):
