@@ -73,6 +73,7 @@ CASES = {
     "slots": ("gsa", "fit_share", {}),
     "cache": ("gla", "fit_share", {"cache": 5}),
     "joint": ("window_linear", "fit_share", {}),
+    "joint polynomial": ("rehyat", "fit_share", {}),
     "hedgehog": ("hedgehog_softmax2", "fit_map", {}),
     "hedgehog exp": ("hedgehog_exp", "fit_map", {}),
     "hedgehog added": ("lizard", "fit_map", {}),
