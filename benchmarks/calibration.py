@@ -99,14 +99,14 @@ def run(arguments, log: JsonLog) -> None:
     teacher = Teacher(recipe)
     text, held_out = (Tokens.from_documents(part, teacher.tokenizer) for part in read_documents(recipe.data))
     model, held_out = teacher.fresh().eval(), held_out.long()
-    done = {(row["preset"], row["start"]) for row in log.rows() if "start" in row}
-    wanted = [name for name in arguments.presets.split(",") if any((name, start) not in done for start in arguments.starts.split(","))]
+    done = {(row["preset"], row["start"]) for row in log.rows()}
+    presets, starts = arguments.presets.split(","), arguments.starts.split(",")
     base = perplexity(model, held_out, arguments) if arguments.windows else 0.0
-    log.write({"teacher": base})
-    for i in range(0, len(wanted), arguments.group):
-        names = [
-            (name, start) for name in wanted[i : i + arguments.group] for start in arguments.starts.split(",") if (name, start) not in done
-        ]
+    for i in range(0, len(presets), arguments.group):
+        pairs = [(name, start) for name in presets[i : i + arguments.group] for start in starts]
+        names = [pair for pair in pairs if pair not in done and (arguments.every or applies(*pair))]
+        if not names:
+            continue
         for row in measure(arguments, recipe, model, text, held_out, names, base):
             log.write(row)
             print(row, flush=True)
