@@ -10,6 +10,7 @@ Key: B batch, T tokens, H query heads, V value size.
 import math
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -94,22 +95,19 @@ def put_in(model: nn.Module, runner: Runner) -> nn.Module:
     return student
 
 
-def train(model: nn.Module, runners: list[Runner], stage: Stage, batches: Batches, tick: Callable[[int], None] = lambda done: None) -> float:
+def train(
+    model: nn.Module, runners: list[Runner], stage: Stage, batches: Batches, tick: Callable[[int], None] = lambda done: None
+) -> float:
     """All runners through the stage, in place; tick(steps done). Returns the CPU seconds of the teacher's passes."""
-    model.requires_grad_(False).eval()
-    student = linearize(model, plan(model, mixer="window", window=1, sinks=0))
-    recorders = {}
-    for layer, seam in enumerate(seams(student)):
-        recorders[seam.index] = seam.module.mixer = Recorder(runners, layer, seam.module.mixer)
     for runner in runners:
         if runner.parameters:
             runner.optimizer = make_optimizer(stage, runner.parameters)
+    with recording(model, runners) as (student, recorders):
 
-    def on_layer(index: int, mixed: Tensor, exact_BTHV: Tensor, padding: Tensor | None) -> None:
-        with torch.enable_grad():
-            recorders[index].learn(exact_BTHV, padding)
+        def on_layer(index: int, mixed: Tensor, exact_BTHV: Tensor, padding: Tensor | None) -> None:
+            with torch.enable_grad():
+                recorders[index].learn(exact_BTHV, padding)
 
-    try:
         calibrate(student, batches[0])
         began = clock()
         for step in range(stage.steps):
@@ -120,8 +118,37 @@ def train(model: nn.Module, runners: list[Runner], stage: Stage, batches: Batche
                     _update(runner, stage, step)
             tick(step + 1)
         return clock() - began - sum(runner.seconds for runner in runners)
+
+
+@contextmanager
+def recording(model: nn.Module, runners: list[Runner]):
+    """(the teacher with recorders in the place of mixers, layer index -> recorder); the model is the teacher again afterwards."""
+    model.requires_grad_(False).eval()
+    student = linearize(model, plan(model, mixer="window", window=1, sinks=0))
+    recorders = {}
+    for layer, seam in enumerate(seams(student)):
+        recorders[seam.index] = seam.module.mixer = Recorder(runners, layer, seam.module.mixer)
+    try:
+        yield student, recorders
     finally:
         restore(model)
+
+
+@torch.no_grad()
+def attention_errors(model: nn.Module, runners: list[Runner], ids_BT: Tensor) -> list[float]:
+    """The transfer loss of each runner on ids_BT, mean over layers; nothing moves."""
+    found: list[list[float]] = [[] for _ in runners]
+    with recording(model, runners) as (student, recorders):
+
+        def on_layer(index: int, mixed: Tensor, exact_BTHV: Tensor, padding: Tensor | None) -> None:
+            with torch.no_grad():
+                for runner, losses in zip(runners, found, strict=True):
+                    out_BTHV = runner.mixers[recorders[index].layer](replace(recorders[index].call)).flatten(2, 3)
+                    losses.append(float(attention_output(out_BTHV, exact_BTHV, padding)))
+
+        with transfer(student, on_layer):
+            student.base_model(input_ids=ids_BT, use_cache=False)
+    return [sum(losses) / len(losses) for losses in found]
 
 
 def _update(runner: Runner, stage: Stage, step: int) -> None:

@@ -28,13 +28,13 @@ def transfer(model: nn.Module, on_layer: Callable[[int, Tensor, Tensor, Tensor |
     return mode(model, "transfer", on_layer=on_layer)
 
 
-def calibrate(model: nn.Module, ids_BT: Tensor) -> None:
-    """Start values that depend on text, set from one teacher pass over ids_BT [B, T], in place: the joint normaliser's weight (Cell).
+def calibrate(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None = None) -> None:
+    """Start values that depend on text, set from one teacher pass over ids_BT [B, T], in place: shares, maps, decays (mixers/calibration.py).
 
-    Mixers without such values, and those trained already, stay as they are.
+    mask_BT: 1 where a token is real. Mixers without such values, and those trained already, stay as they are.
     """
     with torch.no_grad(), mode(model, "transfer", on_layer=lambda *_: None, calibrating=True):
-        model.base_model(input_ids=ids_BT, use_cache=False)
+        model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
 
 
 @contextmanager

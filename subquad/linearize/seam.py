@@ -213,6 +213,7 @@ def run_mixer(
     kwargs: dict,
     mixer=None,
     heads: tuple[int, ...] | None = None,
+    exact: Tensor | None = None,
 ) -> Tensor:
     """Bring the call into the mixer's form, run it, and bring the output back: [B, T, H, V]."""
     mixer = seam.module.mixer if mixer is None else mixer
@@ -232,13 +233,15 @@ def run_mixer(
         q_BTGRK=q.transpose(1, 2).unflatten(2, (G, -1)), k_BTGK=k.transpose(1, 2), v_BTGV=v.transpose(1, 2), hidden_BTD=hidden,
         scale=q.shape[-1] ** -0.5 if scale is None else scale, state=state, softcap=kwargs.get("softcap"), sink_logit_GR=s_aux, fewest=T,
     )  # fmt: skip
-    call.causal, call.calibrating = is_causal(seam.module), seam.root.calibrating
+    call.causal = is_causal(seam.module)
+    if seam.root.calibrating:
+        call.calibrating, call.reach, call.exact_BTGRV = True, kwargs.get("sliding_window"), exact.unflatten(2, (G, -1))
     if mixer.plain and seam.rotation is not None:
         plain_q, plain_k = unrotated(seam, q, k)
         call.plain_q_BTGRK, call.plain_k_BTGK = plain_q.transpose(1, 2).unflatten(2, (G, -1)), plain_k.transpose(1, 2)
     layout = seam.root.note.layout(B, T, cached=state is not None)
     if layout is not None:
-        for name in ("q_BTGRK", "k_BTGK", "v_BTGV", "hidden_BTD", "plain_q_BTGRK", "plain_k_BTGK"):
+        for name in ("q_BTGRK", "k_BTGK", "v_BTGV", "hidden_BTD", "plain_q_BTGRK", "plain_k_BTGK", "exact_BTGRV"):
             x = getattr(call, name)
             setattr(call, name, None if x is None else layout.gather(x))
         call.real_BT, call.fewest = layout.real_DL, layout.fewest
@@ -276,8 +279,8 @@ def _transfer(seam: LayerSeam, q, k, v, exact, kwargs) -> Tensor:
     q, k, v = (_heads(x, seam.soft, total).detach() for x in (q, k, v))
     kept, seam.hidden = seam.hidden, seam.hidden.detach()
     with torch.enable_grad():
-        mixed = run_mixer(seam, q, k, v, None, kwargs)
         target = exact.detach().unflatten(2, (total, -1))[:, :, list(seam.soft)].flatten(2, 3)
+        mixed = run_mixer(seam, q, k, v, None, kwargs, exact=target)
         seam.root.on_layer(seam.index, mixed, target, seam.root.note.padding(q.shape[0], q.shape[2]))
     seam.hidden = kept
     return exact

@@ -40,7 +40,9 @@ class AttentionCall:
     plain_q_BTGRK: Tensor | None = None  # before the teacher's rotation; None where it does not rotate, or the mixer does not ask
     plain_k_BTGK: Tensor | None = None
     causal: bool = True
-    calibrating: bool = False  # set start values that depend on text (modes.calibrate)
+    calibrating: bool = False  # set start values that depend on text (modes.calibrate), for which these two are given:
+    exact_BTGRV: Tensor | None = None  # the teacher's output
+    reach: int | None = None  # of the teacher's own sliding window
 
 
 class Mixer(nn.Module):

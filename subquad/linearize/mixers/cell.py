@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, HeadShape, Mixer
 from subquad.linearize.mixers.bidirectional import whole_sequence
+from subquad.linearize.mixers.calibration import fit_before, fit_joint, fit_mix
 from subquad.linearize.mixers.combine import COMBINE_GATES, COMBINES, asked_once, join, some_older
 from subquad.linearize.mixers.feature_maps import make_map
 from subquad.linearize.mixers.knobs import DEFAULTS, map_options, rows_of
@@ -35,7 +36,8 @@ class Cell(Mixer):
 
     mass: the starting share of the linear branch, as a logit (gated, added) or as a log weight (joint). rank: of low-rank gates. features: of maps
     that can have any number (0: their own). horizon: longest distance of the cosine map. slots; partitions, top: how many there are, how many a
-    token uses. cache: pairs that stay exact between window and state, 0 for none (sparse_cache.py).
+    token uses. cache: pairs that stay exact between window and state, 0 for none (sparse_cache.py). fit_share, fit_map, fit_concentration, fit_decay:
+    what is set from the teacher's layer before training (calibration.py).
     """
 
     def __init__(self, shape: HeadShape, window: int, sinks: int, **given):
@@ -94,6 +96,8 @@ class Cell(Mixer):
             place = plain_position(call)
             if place is not None:
                 return in_one_pass(self, call, place)
+        if call.calibrating and not self.rows.combine.first:
+            fit_before(self, call)
         before = call.state.memory if call.state is not None else None
         parts = open_parts(before, self.part_shapes, call.k_BTGK)
         position = positions(call, seen(call))
@@ -165,11 +169,15 @@ class Cell(Mixer):
         row = self.rows.combine
         sums, log_scale = self.read(self, call, stream, now, parts)
         if row.joint:
+            if call.calibrating:
+                fit_joint(self, call, local, stream, sums, log_scale)
             share = row.share(self, call, local, sums.total, log_scale)
             return join(local, stream.on_BT, sums.y, sums.total, share + log_scale)
         linear = self.finished(sums, call)
         if local is None:
             return linear
+        if call.calibrating:
+            fit_mix(self, call, local.output(), linear, stream.on_BT)
         share = (torch.sigmoid(self.mix(call.hidden_BTD)) * some_older(stream.on_BT)).unsqueeze(-1)
         return row.mix(local.output(), linear, share)
 
@@ -179,6 +187,11 @@ class Cell(Mixer):
         if self.output is not None:
             linear = self.output(linear, call.hidden_BTD)
         return linear if self.read_scale is None else linear * self.read_scale.float().unsqueeze(-1)
+
+    @property
+    def size(self) -> nn.Parameter | None:
+        """The parameter [G, R, ..] that multiplies the linear branch."""
+        return self.read_scale if self.read_scale is not None or self.output is None else self.output.size
 
     # --- sizes -------------------------------------------------------------------------------------------------------------------------
 

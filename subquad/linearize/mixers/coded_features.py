@@ -62,6 +62,11 @@ class Codebook(nn.Module):
     def width(cls, size: int, features: int = 0, **options) -> int:
         return features or cls.CODES
 
+    def untouched(self) -> bool:
+        """The codewords are those it was built with."""
+        start = orthogonal_gaussian(self.count, self.codewords.shape[-1]).to(self.codewords)
+        return torch.equal(self.codewords, start.expand_as(self.codewords))
+
     def tie(self, keys: "Codebook") -> None:
         self.keys = (keys,)
 

@@ -12,7 +12,6 @@ As long as no token has left the window, the output is the window's; with sequen
 Key: B batch, T tokens, G key/value heads, R query heads per key/value head.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,7 +24,6 @@ from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.local import Local
 
 TINY = torch.finfo(torch.float32).tiny
-START = 0.1  # share of the joint normaliser that `calibrate` gives the linear branch before any training
 
 # --- parameters of a combination: name in the cell -> what is built as (shape, mass) ----------------------------------------------------------
 
@@ -51,8 +49,6 @@ COMBINE_GATES = {"mix": token_gate, "factor": head_factor, "enrich": value_gate}
 
 
 def gate_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> Tensor:
-    if call.calibrating:
-        calibrate(cell.mix, local, total_BTGR, log_scale)
     return cell.mix(call.hidden_BTD)
 
 
@@ -63,21 +59,6 @@ def top_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_s
 def own_share(cell, call: AttentionCall, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> Tensor:
     """The branch has logits of its own: nothing is added to them."""
     return torch.zeros_like(total_BTGR)
-
-
-@torch.no_grad()
-def calibrate(mix: InputGate, local: Local, total_BTGR: Tensor, log_scale: Tensor | float) -> None:
-    """Set each query head's log weight so that the linear branch holds the share START of the normaliser, in the geometric mean over tokens.
-
-    The window's log sum is 4 to 8 nats, differs by head, and an untrained map's sums lie far below it: from one constant for all heads the
-    linear branch gets next to no gradient where it is needed most. A gate that has been trained (weight not zero) is left alone.
-    """
-    seen_BT = local.left_BT
-    if bool(mix.weight.any()) or not bool(seen_BT.any()):
-        return
-    ratio_BTGR = local.top + local.denominator.clamp_min(TINY).log() - total_BTGR.clamp_min(TINY).log() - log_scale
-    mean_GR = ratio_BTGR[seen_BT.expand(ratio_BTGR.shape[:2])].mean(0)
-    mix.bias.copy_((mean_GR + math.log(START / (1 - START))).flatten())
 
 
 # --- the table ------------------------------------------------------------------------------------------------------------------------------
@@ -94,6 +75,7 @@ class CombineRow:
     gate: str = ""  # a row of COMBINE_GATES
     share: Callable[..., Tensor] | None = None  # one normaliser for both: the branch's log weight under it
     mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (window, linear, sigmoid of the gate) of two outputs
+    adds: bool = False  # mix leaves the window's output as it is
     window: bool = True
     first: bool = False  # the branch comes first, over all tokens: what it reads goes into the values that the window keeps
 
@@ -113,7 +95,7 @@ COMBINES = {
     "joint_top": CombineRow("one normaliser, the window's maximum on its own side only", "SEEDS 0.2, G02", "factor", share=top_share),
     "logits": CombineRow("one softmax over the window's and the branch's logits", "SEEDS C03, A19", share=own_share),
     "gated": CombineRow("(1 - g) window + g linear", "SEEDS B15, D07", "mix", mix=torch.lerp),
-    "added": CombineRow("window + s linear", "SEEDS C01", "mix", mix=added),
+    "added": CombineRow("window + s linear", "SEEDS C01", "mix", mix=added, adds=True),
     "sequential": CombineRow("window over v + s linear, linear over all tokens", "SEEDS K9, B07, B15", "enrich", first=True),
     "alone": CombineRow("linear only", "SEEDS 3.1", window=False),
 }

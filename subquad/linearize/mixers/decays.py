@@ -29,6 +29,7 @@ class DecayRow:
     vector: bool = False  # one number per feature, not per head
     clock: str = "now"
     reads: str = "hidden"
+    fits: bool = False  # has start_at(log decay [G]), for calibration.py
 
     @property
     def kept(self) -> bool:
@@ -44,6 +45,10 @@ class Gate(InputGate):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return log_decay(super().forward(hidden_BTD))
+
+    def start_at(self, log_G: Tensor) -> None:
+        """Fade by log_G a token: log sigmoid(b) / 16 = log, so b = -log(e^(-16 log) - 1)."""
+        self.bias.copy_(-torch.log(torch.expm1(-DAMPING * log_G)).repeat_interleave(self.bias.numel() // log_G.numel()))
 
 
 class VectorGate(Gate):
@@ -63,6 +68,9 @@ class Fixed(nn.Module):
     @staticmethod
     def logs(heads: int) -> Tensor:
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float32, device="cpu")))
+
+    def start_at(self, log_G: Tensor) -> None:
+        self.log_G.copy_(log_G)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.log_G.float().expand(*hidden_BTD.shape[:2], -1)
@@ -87,6 +95,10 @@ class StepSize(nn.Module):
 
     def step(self, hidden_BTD: Tensor) -> Tensor:
         return F.softplus(self.dt(hidden_BTD))
+
+    def start_at(self, log_G: Tensor) -> None:
+        """By A: dt stays, which scales what is written as well."""
+        self.log_a.copy_(torch.log(-log_G / F.softplus(self.dt.bias.float())))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return -self.step(hidden_BTD) * self.log_a.float().exp()
@@ -133,13 +145,15 @@ class DualGate(nn.Module):
 
 DECAYS = {
     "none": DecayRow("nothing fades", "SEEDS K2", None),
-    "scalar": DecayRow("log sigmoid(W x) / 16 per key/value head", "SEEDS B01, B10, C01", Gate),
-    "vector": DecayRow("log sigmoid(W x) / 16 per feature", "SEEDS K2, GLA", VectorGate, vector=True),
-    "own_scalar": DecayRow("the same as scalar, of the token that is written", "SEEDS B01", Gate, clock="own"),
-    "own_vector": DecayRow("the same as vector, of the token that is written", "SEEDS GLA", VectorGate, vector=True, clock="own"),
-    "fixed": DecayRow("1 - 2^(-5 - h)", "SEEDS Dependencies, RetNet; B13, G01", Fixed),
-    "slopes": DecayRow("exp(-2^(-8 h / G))", "SEEDS B04", Slopes),
-    "step_size": DecayRow("exp(-dt A)", "SEEDS B03", StepSize, clock="own"),
+    "scalar": DecayRow("log sigmoid(W x) / 16 per key/value head", "SEEDS B01, B10, C01", Gate, fits=True),
+    "vector": DecayRow("log sigmoid(W x) / 16 per feature", "SEEDS K2, GLA", VectorGate, vector=True, fits=True),
+    "own_scalar": DecayRow("the same as scalar, of the token that is written", "SEEDS B01", Gate, clock="own", fits=True),
+    "own_vector": DecayRow(
+        "the same as vector, of the token that is written", "SEEDS GLA", VectorGate, vector=True, clock="own", fits=True
+    ),
+    "fixed": DecayRow("1 - 2^(-5 - h)", "SEEDS Dependencies, RetNet; B13, G01", Fixed, fits=True),
+    "slopes": DecayRow("exp(-2^(-8 h / G))", "SEEDS B04", Slopes, fits=True),
+    "step_size": DecayRow("exp(-dt A)", "SEEDS B03", StepSize, clock="own", fits=True),
     "key": DecayRow("l + (1 - l) sigmoid(-k)", "SEEDS Dependencies, HGRN2", KeyGate, vector=True, clock="own", reads="key"),
     "pooled_key": DecayRow("sigmoid(k)^(1/16)", "SEEDS Dependencies, Liger", PooledKey, vector=True, clock="own", reads="key"),
     "dual": DecayRow("exp(-g tau)", "SEEDS B07", DualGate, vector=True, clock="own"),

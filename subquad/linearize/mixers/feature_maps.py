@@ -34,6 +34,7 @@ class FeatureMap:
     unit: bool = False  # features are of unit length
     positions: bool = False  # asks where queries and keys stand
     least: float = 1e-6  # the smallest divisor: where products of features of both signs cancel, what is left of a small sum is rounding
+    fit: str = ""  # what calibration.py sets before training: a row of FITS
 
     @property
     def floor(self) -> float:
@@ -129,9 +130,9 @@ MODULES = {
 }
 
 FEATURE_MAPS = {
-    "hedgehog_exp": FeatureMap(hedgehog_exp, 2, True, "SEEDS A03 (paper form)"),
-    "hedgehog_softmax2": FeatureMap(hedgehog_softmax2, 2, True, "SEEDS A03 (LoLCATs form)"),
-    "hedgehog_softmax": FeatureMap(hedgehog_softmax, 2, True, "SEEDS A03 (one softmax over both signs)"),
+    "hedgehog_exp": FeatureMap(hedgehog_exp, 2, True, "SEEDS A03 (paper form)", fit="sharpness"),
+    "hedgehog_softmax2": FeatureMap(hedgehog_softmax2, 2, True, "SEEDS A03 (LoLCATs form)", fit="sharpness"),
+    "hedgehog_softmax": FeatureMap(hedgehog_softmax, 2, True, "SEEDS A03 (one softmax over both signs)", fit="sharpness"),
     "unit": FeatureMap(unit, 1, False, "SEEDS B01", unit=True),
     "silu_unit": _row(silu_unit, "SEEDS B01", positive=False, weight=True, unit=True),
     "unit_norm": _row(unit, "SEEDS A04", positive=False, unit=True),
@@ -150,13 +151,13 @@ FEATURE_MAPS = {
     "favor": _module("favor", "SEEDS A01", exponential="qk"),
     "gmm": _module("gmm", "SEEDS A21", exponential="qk"),
     "cosine": _module("cosine", "SEEDS A02", positions=True),
-    "log_normal": _module("log_normal", "SEEDS A15", exponential="qk"),
+    "log_normal": _module("log_normal", "SEEDS A15", exponential="qk", fit="log_normal"),
     "focused": _module("focused", "SEEDS A08"),
     "taylor": _module("taylor", "SEEDS A05"),
     "normed": _module("normed", "SEEDS A23", positive=False),
     "polynomial": _module("polynomial", "SEEDS C02"),
     "codes": _module("codes", "SEEDS A17"),
-    "codebook": _module("codebook", "SEEDS A19", exponential="q"),
+    "codebook": _module("codebook", "SEEDS A19", exponential="q", fit="codebook"),
 }
 
 
@@ -188,6 +189,14 @@ class LearnedMap(nn.Module):
         if self.map.bias:
             y = y + self.bias.float()
         return y
+
+    def untouched(self) -> bool:
+        """W is what it was built with."""
+        return torch.equal(self.weight, torch.eye(self.weight.shape[-1]).to(self.weight).expand_as(self.weight))
+
+    def sharpen(self, by: Tensor) -> None:
+        """Multiply W by a number per head."""
+        self.weight.mul_(by[..., None, None])
 
 
 def make_map(name: str, side: str, heads: tuple[int, ...], size: int, options: dict) -> nn.Module:

@@ -22,6 +22,7 @@ TABLES = {
 DEFAULTS = dict(
     feature_map="identity", decay="none", write="additive", normaliser="sum", key_weight="none", position="keep", output="none", container="plain",
     combine="joint", mass=-4.0, rank=16, features=0, horizon=8192, slots=64, partitions=4, top=2, cache=0,
+    fit_share=True, fit_map=True, fit_concentration=False, fit_decay=False,
 )  # fmt: skip
 
 # What each may be: a row's name, or a number.

@@ -1,6 +1,7 @@
 """Outputs: what follows the read (SEEDS 3.2 K8), per query head. One class and one row each.
 
-Norms start with weight 1 and gates at 1, so that what they add is off at the start. Key: B batch, T tokens, D model size, G key/value heads,
+Norms start with weight 1 and gates at 1, so that what they add is off at the start. `size` is the parameter [G, R, ..], if any, that multiplies
+the output. Key: B batch, T tokens, D model size, G key/value heads,
 R query heads per key/value head, V value size.
 """
 
@@ -27,6 +28,10 @@ class Scaled(nn.Module):
     def forward(self, y: Tensor, hidden_BTD: Tensor) -> Tensor:
         return y * self.scale.float()
 
+    @property
+    def size(self) -> nn.Parameter:
+        return self.scale
+
 
 class Norm(nn.Module):
     """RMS norm over V with a weight per query head and channel (group norm without mean or bias)."""
@@ -37,6 +42,10 @@ class Norm(nn.Module):
 
     def forward(self, y: Tensor, hidden_BTD: Tensor) -> Tensor:
         return F.rms_norm(y, y.shape[-1:], eps=1e-5) * self.weight.float()
+
+    @property
+    def size(self) -> nn.Parameter:
+        return self.weight
 
 
 class NormGate(Norm):
@@ -52,6 +61,8 @@ class NormGate(Norm):
 
 class Gated(nn.Module):
     """y times (W x + b), W of low rank, b = 1."""
+
+    size = None  # b is no factor of W x
 
     def __init__(self, shape: HeadShape, rank: int):
         super().__init__()

@@ -46,6 +46,12 @@ class LogNormal(nn.Module):
     def forward(self, x: Tensor, position_BT: Tensor | None = None) -> Tensor:
         return self.alpha.float() * (x.float() * self.scale)
 
+    def untouched(self) -> bool:
+        return bool((self.alpha == 1).all())
+
+    def sharpen(self, by: Tensor) -> None:
+        self.alpha.mul_(by.unsqueeze(-1))
+
 
 class Focused(nn.Module):
     """u = (ReLU(x) + 1e-6) / softplus(s); phi = |u| u^3 / |u^3| with s learned per channel (SEEDS A08).
