@@ -57,7 +57,7 @@ MUTANTS = [
     Mutant("decay gradient without the token itself", "scan.py", "later + total - tl.cumsum(e, 0) + e", "later + total - tl.cumsum(e, 0)", "additive and scalar"),
     Mutant("decay gradient forgets later chunks", "scan.py", "            later += total\n", "            later += 0 * total\n", "additive and scalar"),
     Mutant("features of rows that do not exist", "features.py", "tl.where(has_row[:, None] & has_index[None, :], found, 0.0)", "found", "feature_maps_inside"),
-    Mutant("a row's normaliser of one sign", "features.py", "            total += rest\n            rest = total\n", "            rest = total\n", "feature_maps_inside"),
+    Mutant("a row's normaliser of one sign", "features.py", "            total += rest\n            rest", "            rest", "feature_maps_inside"),
     Mutant("normalisers of the signs exchanged", "features.py", "rest[:, None], plus[:, None])", "plus[:, None], rest[:, None])", "feature_maps_inside"),
     Mutant("largest feature of the padding", "features.py", "tl.where(seen, u, float(\"-inf\"))", "u", "limits"),
     Mutant("features without their floor", "features.py", "    if FLOOR > 0:\n        found = tl.maximum(found, FLOOR)\n", "", "limits"),

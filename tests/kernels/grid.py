@@ -68,7 +68,7 @@ def pairs() -> list[Row]:
         seen: set = set()
         op = name.split()[-1]
         for (i, T), (j, kind) in itertools.product(enumerate(LENGTHS), enumerate(kinds)):
-            for D in SIZES if op == "banded" else (SIZES[(i + j) % len(SIZES)],):
+            for D in SIZES if len(kinds) == 2 else (SIZES[(i + j) % len(SIZES)],):  # with few kinds there would be too few rows
                 choices = [dealt(op, kind, T, D, *rest) for rest in REST]
                 best = max(choices, key=lambda row: len(set(columns(row)) - seen))
                 seen |= set(columns(best))
