@@ -28,7 +28,7 @@ from linearize import forms
 from linearize.test_mixers import WITH_EXACT_START, bf16_run, exact_start
 from tolerances import BF16, EXACT_START, MIXER, MIXER_GRADIENT, error
 
-from subquad.linearize.mixers import causal
+from subquad.linearize.mixers import MIXERS, causal
 
 KINDS = ("exact", "large", "bf16", "forms", "steps")
 ALLOWED = {"forward": MIXER, "gradient": MIXER_GRADIENT, "state": MIXER, "exact": EXACT_START, "bf16": BF16, "large": 0.0}
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument(
-        "--only", default=",".join(name for name in forms.cases() if "," not in name), help="presets, in all their directions"
+        "--only", default=",".join(MIXERS), help="presets, in all their directions"
     )
     parser.add_argument("--lengths", default=",".join(map(str, forms.LENGTHS)), help="of the rows `forms`")
     parser.add_argument("--rows", type=Path)
