@@ -9,7 +9,7 @@ Key: as in cell.py.
 import torch
 from torch import Tensor
 
-from subquad.kernels.additive import additive_chunk
+from subquad.kernels.ops import additive
 from subquad.linearize.mixers.base import AttentionCall
 from subquad.linearize.mixers.key_weights import NOTHING
 from subquad.linearize.mixers.normalisers import Sums
@@ -55,8 +55,10 @@ def _total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _scans(q: Tensor, k: Tensor, v: Tensor, log_BTG: Tensor) -> Tensor:
     """Forward and backward scan, the own token once. `log_BTG` is 0 at filler, which comes last in every row."""
-    ahead = additive_chunk(q, k, v, _late(log_BTG))[0]
-    back = additive_chunk(q.flip(1), k.flip(1), v.flip(1), _late(log_BTG.flip(1)))[0].flip(1)
+    heads = q.flatten(2, 3)
+    ahead = additive(heads, k, v, _late(log_BTG))[0]
+    back = additive(heads.flip(1), k.flip(1), v.flip(1), _late(log_BTG.flip(1)))[0].flip(1)
+    ahead, back = (x.unflatten(2, q.shape[2:4]) for x in (ahead, back))
     own = (q * k.unsqueeze(3)).sum(-1, keepdim=True) * v.unsqueeze(3)
     return ahead + back - own
 
