@@ -18,7 +18,6 @@ import torch
 from transformers import DynamicCache
 
 import subquad
-from subquad.allocator import give_large_tensors_back
 from subquad.distill.objectives import transfer_objective
 from subquad.evals.speed import PeakMemory, decode
 from subquad.linearize.modes import transfer
@@ -105,10 +104,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=1024, help="tokens a call of the prefill in parts")
     parser.add_argument("--decode", type=int, default=32768)
     parser.add_argument("--only-prefill", type=int, help="prefill by the student, print the megabytes it took, stop")
-    parser.add_argument("--plain-malloc", action="store_true", help="leave the C library's allocator as it is")
     asked = parser.parse_args()
-    if not asked.plain_malloc:
-        give_large_tensors_back()  # as the command line does
     torch.set_num_threads(asked.threads)
     clock = time.process_time if asked.threads == 1 else time.perf_counter
     teacher, _ = load_teacher(asked.model)
@@ -135,7 +131,7 @@ def main() -> None:
         print(
             f"| decode, {asked.decode} tokens in the cache | {rate['t']:.1f} | {rate['s']:.1f} | {rate['s'] / rate['t']:.2f} |", flush=True
         )
-    more = ["--mixer", asked.mixer, "--window", str(asked.window), "--threads", str(asked.threads), *["--plain-malloc"] * asked.plain_malloc]
+    more = ["--mixer", asked.mixer, "--window", str(asked.window), "--threads", str(asked.threads)]
     for part in (asked.prefill, asked.part):
         sizes = (asked.prefill // 2, asked.prefill)
         half, full = (peak_megabytes([asked.model, *more, "--part", str(part), "--only-prefill", str(T)]) for T in sizes)

@@ -20,7 +20,6 @@ BELOW = {
     "recipes": set(),
 }
 PARTS = {"linearize", "distill", "evals"}
-BELOW["allocator"] = set()
 BELOW["recipe"] = PARTS
 BELOW["folder"] = set()
 BELOW["progress"] = {"folder"}

@@ -1,7 +1,6 @@
 """The command line: words to functions, no logic. A file per group of commands; importing it is what registers them, in the order of --help."""
 
-from subquad.allocator import give_large_tensors_back
-from subquad.cli import convert, look, measure, recipes  # noqa: F401
+from subquad.cli import convert, measure, look, recipes  # noqa: F401, I001
 from subquad.cli.shared import app, parse_exact
 
 __all__ = ["app", "main", "parse_exact"]
@@ -9,5 +8,4 @@ __all__ = ["app", "main", "parse_exact"]
 
 def main() -> None:
     """The console script."""
-    give_large_tensors_back()
     app()
