@@ -10,6 +10,7 @@ both ways (Linux). Contenders take turns; the minimum counts (processor time wit
 
 import argparse
 import copy
+import os
 import subprocess
 import sys
 import time
@@ -88,8 +89,10 @@ def prefill_row(teacher, student, T: int, part: int, rounds: int, clock) -> str:
 
 
 def peak_megabytes(arguments: list[str]) -> float:
-    """What one prefill takes above the loaded models, in a process of its own (Linux)."""
-    return float(subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True).stdout.split()[-1])
+    """What one prefill takes above the loaded models, in a process of its own (Linux), without what glibc's heap loses between tensors (kernels.md)."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+    ran = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True, env=environment)
+    return float(ran.stdout.split()[-1])
 
 
 def main() -> None:
