@@ -128,10 +128,10 @@ def main() -> None:
         """Batches of sentences of nearly the same length: a batch drawn at random is 2.3 times as wide as its mean sentence."""
         generator = torch.Generator().manual_seed(0)
         while True:
-            drawn = torch.randint(len(corpus), (POOL, arguments.batch), generator=generator).flatten().tolist()
-            drawn = torch.tensor(sorted(drawn, key=lambda i: len(corpus[i]))).view(POOL, -1)
-            for row in drawn[torch.randperm(POOL, generator=generator)].tolist():
-                yield encoded([corpus[i] for i in row])
+            drawn = torch.randint(len(corpus), (POOL * arguments.batch,), generator=generator).tolist()
+            pool = sorted((corpus[i] for i in drawn), key=len)
+            for n in torch.randperm(POOL, generator=generator).tolist():
+                yield encoded(pool[n * arguments.batch : (n + 1) * arguments.batch])
 
     print("| mixer | cosine, untrained | cosine | Spearman of pairs | sentences seen | CPU minutes |\n|---|---|---|---|---|---|")
     for name in arguments.mixers.split(","):

@@ -5,7 +5,7 @@
 Lines: tokens/s of one transfer step (forward, and backward of every mixer) over the teacher's plain forward, at T = 1,024 and 4,096; tokens/s of a
 prefill of 16,384 tokens by the converted model over the teacher's, each in one call or in parts of 1,024 tokens (transformers' `prefill_chunk_size`),
 whichever is faster for it; decode steps per second with 32,768 tokens in the cache; peak memory of the student's prefill of 8,192 and 16,384 tokens,
-both ways (Linux). Contenders take turns; the minimum counts (processor time with one thread, wall time otherwise).
+both ways (Linux), in one call also with glibc's threshold fixed. Contenders take turns; the minimum counts (processor time with one thread, wall time otherwise).
 """
 
 import argparse
@@ -25,6 +25,8 @@ from subquad.linearize.modes import transfer
 from subquad.linearize.params import mixer_parameters
 from subquad.linearize.state import cache_bytes
 from subquad.linearize.teacher import load_teacher
+
+NO_LOSS = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # glibc's heap loses nothing between large tensors (docs/kernels.md, Memory of a prefill)
 
 
 def minima(contenders: dict, rounds: int, clock) -> dict[str, float]:
@@ -88,10 +90,9 @@ def prefill_row(teacher, student, T: int, part: int, rounds: int, clock) -> str:
     return f"| prefill, T = {T}, {t_part} and {s_part} tokens a call | {T / t:.0f} | {T / s:.0f} | {t / s:.2f} |"
 
 
-def peak_megabytes(arguments: list[str]) -> float:
-    """What one prefill takes above the loaded models, in a process of its own (Linux), without what glibc's heap loses between tensors (kernels.md)."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
-    ran = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True, env=environment)
+def peak_megabytes(arguments: list[str], environment: dict[str, str]) -> float:
+    """What one prefill takes above the loaded models, in a process of its own (Linux)."""
+    ran = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True, env=os.environ | environment)
     return float(ran.stdout.split()[-1])
 
 
@@ -135,10 +136,11 @@ def main() -> None:
             f"| decode, {asked.decode} tokens in the cache | {rate['t']:.1f} | {rate['s']:.1f} | {rate['s'] / rate['t']:.2f} |", flush=True
         )
     more = ["--mixer", asked.mixer, "--window", str(asked.window), "--threads", str(asked.threads)]
-    for part in (asked.prefill, asked.part):
+    for part, environment in ((asked.prefill, {}), (asked.prefill, NO_LOSS), (asked.part, {})):
         sizes = (asked.prefill // 2, asked.prefill)
-        half, full = (peak_megabytes([asked.model, *more, "--part", str(part), "--only-prefill", str(T)]) for T in sizes)
-        way = "in one call" if part == asked.prefill else f"{part} tokens a call"
+        asking = [[asked.model, *more, "--part", str(part), "--only-prefill", str(T)] for T in sizes]
+        half, full = (peak_megabytes(arguments, environment) for arguments in asking)
+        way = " ".join(["in one call" if part == asked.prefill else f"{part} tokens a call", *map("=".join, environment.items())])
         print(f"peak memory above the loaded models, {way}: {half:.0f} MB at {sizes[0]} tokens, {full:.0f} MB at {sizes[1]}", flush=True)
 
 
