@@ -8,7 +8,7 @@ from cases import CASES, NO_MATRIX
 from stand_in import SHARED_LIMIT
 
 BUDGET = budget.load()
-QUICK = [("sm_80", "additive-scalar-64"), ("sm_90", "banded-64"), ("gfx942", "steps-64")]
+QUICK = [("sm_80", "additive-scalar-64"), ("sm_90", "banded-64"), ("sm_90", "mapped-window_linear-none-64"), ("gfx942", "steps-64")]
 KEPT_TARGETS = ("sm_80", "sm_90", "gfx942")  # the budget has every case on these
 RUN = [(target, case) for case in CASES for target in KEPT_TARGETS] if os.environ.get("SUBQUAD_AOT_ALL") == "1" else QUICK
 KEPT = [(target, case) for target, cases in BUDGET.items() for case in cases]
