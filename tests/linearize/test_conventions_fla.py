@@ -23,9 +23,9 @@ from subquad.linearize.mixers import build
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
 from subquad.linearize.mixers.decays import Fixed, KeyGate
 from subquad.linearize.mixers.delta_levels import read_all_delta
-from subquad.linearize.mixers.feature_maps import quadratic
 from subquad.linearize.mixers.levels import LEVELS, read_all
 from subquad.linearize.mixers.memory import open_parts
+from subquad.linearize.mixers.products import quadratic
 from subquad.linearize.mixers.slots import DAMPING
 from subquad.linearize.state import MixerState
 

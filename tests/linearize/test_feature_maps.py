@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tolerances import MIXER, assert_near
 
 from subquad.linearize.mixers.feature_maps import FEATURE_MAPS, features_of, make_map
+from subquad.linearize.mixers.products import quadratic, second_order
 
 G, R, K, T = 2, 2, 12, 9
 OPTIONS = {"features": 0, "horizon": 100}
@@ -130,3 +131,10 @@ def test_norm_power():
     direction = F.normalize(x, dim=-1)
     assert_near(map_q(q), torch.cat([direction.relu() ** power, (-direction).relu() ** power], -1), MIXER)
     assert_near(map_k(k), torch.cat([(y**3).relu(), ((-y) ** 3).relu()], -1), MIXER)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("products", [quadratic, second_order])
+def test_gradient_of_products(products, size):
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(products, torch.randn(2, 3, size, dtype=torch.float64, requires_grad=True))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.kernels.features import FUSED, hedgehog_exp, hedgehog_softmax, hedgehog_softmax2, softmax
+from subquad.linearize.mixers.products import quadratic, second_order
 from subquad.registry import lookup
 
 
@@ -91,17 +92,9 @@ def taylor1(y: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(y[..., :1]), y], -1)
 
 
-def quadratic(y: Tensor) -> Tensor:
-    """All products y_a y_b, a <= b, those with a < b times sqrt 2: the inner product is (q.k)^2. K (K + 1) / 2 features."""
-    a, b = torch.triu_indices(y.shape[-1], y.shape[-1], device=y.device)
-    twice = torch.where(a == b, 1.0, 2.0**0.5)
-    return y[..., a] * y[..., b] * twice
-
-
 def taylor2(y: Tensor) -> Tensor:
     """[1; y^; y^ x y^ / sqrt 2] of the direction y^: weight 1 + s + s^2 / 2 >= 1/2 (FAST, p = 2)."""
-    y = F.normalize(y, dim=-1)
-    return torch.cat([torch.ones_like(y[..., :1]), y, quadratic(y) / 2**0.5], -1)
+    return second_order(F.normalize(y, dim=-1))
 
 
 def _pairs(K: int) -> int:

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.linearize.mixers.feature_maps import quadratic
+from subquad.linearize.mixers.products import second_order
 
 
 class Cosine(nn.Module):
@@ -90,11 +90,7 @@ class Taylor(nn.Module):
 
     def forward(self, x: Tensor, position_BT: Tensor | None = None) -> Tensor:
         y = F.normalize(x.float(), dim=-1)
-        one, two = torch.ones_like(y[..., :1]), quadratic(y) / 2**0.5
-        if self.tau is None:
-            return torch.cat([one, y, two], -1)
-        tau = self.tau.float()
-        return torch.cat([one, tau * y, tau.square() * two], -1)
+        return second_order(y if self.tau is None else self.tau.float() * y)
 
 
 class Normed(nn.Module):
