@@ -34,18 +34,10 @@ CONTEXT = 32768  # tokens at which bytes are counted
 COLUMNS = ("preset", "perplexity", "repeat", "state bytes", "parameters added", "train tokens/s", "of the teacher's", "attention error")
 TASKS = {"perplexity": {"context": 1024, "windows": 4}, "repeat": {"length": 512, "samples": 2}}
 
-SLOW = ("power2", "fast2", "taylorshift", "mamba", "titans")  # a step takes ten times as long: 2,080 features a head, or token by token
-
 
 def presets(only: str | None) -> list[str]:
     known = [name for name in causal() if constant(name)]
     return known if only is None else [name for name in known if name in only.split(",")]
-
-
-def groups(names: list[str], size: int) -> list[list[str]]:
-    """Groups of `size`; then each slow preset as a group of its own, so that none waits for it."""
-    fast = [name for name in names if name not in SLOW]
-    return [fast[i : i + size] for i in range(0, len(fast), size)] + [[name] for name in names if name in SLOW]
 
 
 def measure(model, held_out: torch.Tensor) -> dict[str, float]:
@@ -124,7 +116,8 @@ def run(arguments, log: JsonLog) -> None:
     done = {row["preset"] for row in log.rows()}
     if "teacher" not in done:
         write(teacher_row(model, held_out))
-    for names in groups([name for name in presets(arguments.only) if name not in done], arguments.group):
+    missing = [name for name in presets(arguments.only) if name not in done]
+    for names in (missing[i : i + arguments.group] for i in range(0, len(missing), arguments.group)):
         runners = [make_runner(model, name, recipe.seed, window=arguments.window, sinks=arguments.sinks) for name in names]
         seconds = 0.0
         if any(runner.parameters for runner in runners):
