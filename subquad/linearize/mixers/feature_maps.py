@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.kernels.features import FUSED, hedgehog_exp, hedgehog_softmax, hedgehog_softmax2, softmax
-from subquad.linearize.mixers.products import quadratic, second_order
+from subquad.linearize.mixers.products import pairs, quadratic, second_order
 from subquad.registry import lookup
 
 
@@ -97,10 +97,6 @@ def taylor2(y: Tensor) -> Tensor:
     return second_order(F.normalize(y, dim=-1))
 
 
-def _pairs(K: int) -> int:
-    return K * (K + 1) // 2
-
-
 def _row(fn, source: str, factor: int = 1, positive: bool = True, weight: bool = False, **more) -> FeatureMap:
     return FeatureMap(fn, factor, positive, source, weight=weight, **more)
 
@@ -139,8 +135,8 @@ FEATURE_MAPS = {
     "efficient": _row(softmax, "SEEDS A06", k_fn=bounded_exp),
     "norm_power": _row(norm_power_q, "SEEDS A13", factor=2, k_fn=norm_power_k),
     "fast1": _row(taylor1, "SEEDS A26", width=lambda K: K + 1),
-    "fast2": _row(taylor2, "SEEDS A26", width=lambda K: 1 + K + _pairs(K)),
-    "quadratic": _row(quadratic, "SEEDS E08, p = 2", positive=True, width=_pairs, least=0.1),
+    "fast2": _row(taylor2, "SEEDS A26", width=lambda K: 1 + K + pairs(K)),
+    "quadratic": _row(quadratic, "SEEDS E08, p = 2", positive=True, width=pairs, least=0.1),
     "favor": _module("favor", "SEEDS A01", exponential="qk"),
     "gmm": _module("gmm", "SEEDS A21", exponential="qk"),
     "cosine": _module("cosine", "SEEDS A02", positions=True),

@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def pairs(K: int) -> int:
+    """How many products y_a y_b with a <= b there are."""
+    return K * (K + 1) // 2
+
+
 def quadratic(y: Tensor) -> Tensor:
     """All products y_a y_b, a <= b, those with a < b times sqrt 2: the inner product is (q.k)^2. [*, K] -> [*, K (K + 1) / 2]."""
     return _Products.apply(y, 0)
@@ -26,7 +31,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, lead: int) -> Tensor:
         K = y.shape[-1]
-        out = y.new_empty(*y.shape[:-1], lead + K * (K + 1) // 2)
+        out = y.new_empty(*y.shape[:-1], lead + pairs(K))
         if lead:
             out[..., 0], out[..., 1:lead] = 1, y
         scaled = y * _factor(lead)

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.linearize.mixers.products import second_order
+from subquad.linearize.mixers.products import pairs, second_order
 
 
 class Cosine(nn.Module):
@@ -86,7 +86,7 @@ class Taylor(nn.Module):
 
     @classmethod
     def width(cls, size: int, **options) -> int:
-        return 1 + size + size * (size + 1) // 2
+        return 1 + size + pairs(size)
 
     def forward(self, x: Tensor, position_BT: Tensor | None = None) -> Tensor:
         y = F.normalize(x.float(), dim=-1)

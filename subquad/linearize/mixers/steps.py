@@ -37,10 +37,11 @@ def momentum_steps(
 
 def selective_steps(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, a: Tensor, on: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """S_fv <- exp(-dt_v a_fv) S_fv + dt_v k_f v_v,  y = S^T q (Mamba-1): (y [B, T, G, R, V], S [B, G, F, V]). dt [B, T, G, V], a [G, F, V] > 0."""
-    out, dt = [], dt.masked_fill(~on[:, :, None, None], 0)
+    dt = dt.masked_fill(~on[:, :, None, None], 0)
+    written, out = dt * v, []
     for part in _chunks(q.shape[1]):
         fade = torch.exp(-dt[:, part, :, None] * a)
-        states = _SelectiveSteps.apply(fade, k[:, part, :, :, None] * (dt * v)[:, part, :, None], state)
+        states = _SelectiveSteps.apply(fade, k[:, part, :, :, None] * written[:, part, :, None], state)
         state = states[:, -1]
         out.append(q[:, part] @ states)
     return torch.cat(out, 1), state
