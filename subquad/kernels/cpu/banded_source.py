@@ -79,12 +79,12 @@ struct Window {
   }
   bool sinks_seen(int64_t i, int r) const { return sp && a.position + i * BQ + r + MR - 1 >= a.window; }
   // P row = q.(scale k) inside the band and of the sinks seen, NONE elsewhere in the columns touched.
-  void scores(int64_t i, int r, const float* q, int64_t ldq, int c0, int c1) {
+  void scores(int64_t i, int r, const float* q, int64_t ldq, int c0, int c1, Ahead* ahead) {
     int64_t first = first_block(i);
     float* p = P + r * width;
-    if (sinks_seen(i, r)) gemm<false, false>(MR, sp, Kp, q, ldq, skT, sp, p, width);
+    if (sinks_seen(i, r)) gemm<false, false>(MR, sp, Kp, q, ldq, skT, sp, p, width, ahead);
     pieces(first, c0, c1, [&](int64_t block, int inside, int c, int len) {
-      gemm<false, false>(MR, len, Kp, q, ldq, keys(block) + inside, BQ, p + sp + c, width);
+      gemm<false, false>(MR, len, Kp, q, ldq, keys(block) + inside, BQ, p + sp + c, width, ahead);
     });
   }
   vi band(int64_t x0, int64_t t) const {  // which of slots x0 .. x0 + L - 1 query t sees
@@ -127,22 +127,22 @@ struct Window {
     }
   }
   // out [BQ, Vp], den, top of query block i
-  void forward(int64_t i, const float* q, int64_t ldq, float* out, float* den, float* top) {
+  void forward(int64_t i, const float* q, int64_t ldq, float* out, float* den, float* top, Ahead* ahead = nullptr) {
     int64_t first = first_block(i);
     int c0, c1, end = hi - lo - i * BQ < BQ ? hi - lo - i * BQ : BQ;
     for (int r = 0; r < end; r += MR) {  // all scores first: keys and values together are more than the first cache level holds
       columns(i, r, c0, c1);
-      scores(i, r, q + r * ldq, ldq, c0, c1);
+      scores(i, r, q + r * ldq, ldq, c0, c1, ahead);
       weights(i, r, c0, c1, nullptr, den, top);
     }
     for (int r = 0; r < end; r += MR) {
       columns(i, r, c0, c1);
       float* o = out + r * Vp;
       bool begun = false;
-      if (sinks_seen(i, r)) gemm<false, false>(MR, Vp, sp, P + r * width, width, sv, Vp, o, Vp), begun = true;
+      if (sinks_seen(i, r)) gemm<false, false>(MR, Vp, sp, P + r * width, width, sv, Vp, o, Vp, ahead), begun = true;
       pieces(first, c0, c1, [&](int64_t block, int inside, int c, int len) {
-        if (begun) gemm<true, false>(MR, Vp, len, P + r * width + sp + c, width, values(block) + inside * Vp, Vp, o, Vp);
-        else gemm<false, false>(MR, Vp, len, P + r * width + sp + c, width, values(block) + inside * Vp, Vp, o, Vp);
+        if (begun) gemm<true, false>(MR, Vp, len, P + r * width + sp + c, width, values(block) + inside * Vp, Vp, o, Vp, ahead);
+        else gemm<false, false>(MR, Vp, len, P + r * width + sp + c, width, values(block) + inside * Vp, Vp, o, Vp, ahead);
         begun = true;
       });
     }
@@ -206,8 +206,7 @@ struct WindowBackward {
     int Kp = w.Kp, Vp = w.Vp, sp = w.sp, width = w.width, c0, c1, seen = BQ;  // seen: the first row that sees sinks
     for (int r = 0; r < BQ; r += MR) {
       w.columns(i, r, c0, c1);
-      w.scores(i, r, q + r * ldq, ldq, c0, c1);
-      ahead->some();
+      w.scores(i, r, q + r * ldq, ldq, c0, c1, ahead);
       w.weights(i, r, c0, c1, given, nullptr, nullptr);
       if (seen == BQ && w.sinks_seen(i, r)) seen = r;
     }
@@ -215,11 +214,10 @@ struct WindowBackward {
       w.columns(i, r, c0, c1);
       const float *dr = d + r * Vp, *p = w.P + r * width;
       float* g = G + r * width;
-      if (r >= seen) gemm<false, false>(MR, sp, Vp, dr, Vp, svT, sp, g, width);
+      if (r >= seen) gemm<false, false>(MR, sp, Vp, dr, Vp, svT, sp, g, width, ahead);
       w.pieces(first, c0, c1, [&](int64_t block, int inside, int c, int len) {
-        gemm<false, false>(MR, len, Vp, dr, Vp, vT + slot(block) * Vp * BQ + inside, BQ, g + sp + c, width);
+        gemm<false, false>(MR, len, Vp, dr, Vp, vT + slot(block) * Vp * BQ + inside, BQ, g + sp + c, width, ahead);
       });
-      ahead->some();
       for (int m = 0; m < MR; m++) {
         const float* pm = p + m * width;
         float* gm = g + m * width;
@@ -233,15 +231,14 @@ struct WindowBackward {
       const float* g = G + r * width;
       float* out = dq + r * Kp;
       memset(out, 0, 4 * MR * Kp);
-      if (r >= seen) gemm<true, false>(MR, Kp, sp, g, width, skk, Kp, out, Kp);
+      if (r >= seen) gemm<true, false>(MR, Kp, sp, g, width, skk, Kp, out, Kp, ahead);
       w.pieces(first, c0, c1, [&](int64_t block, int inside, int c, int len) {
-        gemm<true, false>(MR, Kp, len, g + sp + c, width, kk + slot(block) * Kp * BQ + inside * Kp, Kp, out, Kp);
+        gemm<true, false>(MR, Kp, len, g + sp + c, width, kk + slot(block) * Kp * BQ + inside * Kp, Kp, out, Kp, ahead);
       });
-      ahead->some();
     }
     if (seen < BQ) {
-      gemm<true, true>(sp, Kp, BQ - seen, G + seen * width, width, q + seen * ldq, ldq, dsK, Kp);
-      gemm<true, true>(sp, Vp, BQ - seen, w.P + seen * width, width, d + seen * Vp, Vp, dsV, Vp);
+      gemm<true, true>(sp, Kp, BQ - seen, G + seen * width, width, q + seen * ldq, ldq, dsK, Kp, ahead);
+      gemm<true, true>(sp, Vp, BQ - seen, w.P + seen * width, width, d + seen * Vp, Vp, dsV, Vp, ahead);
     }
     // Keys gather from all 64 queries at once: for each block of 8 columns, the rows whose band touches it.
     w.pieces(first, 0, int((i + 1 - first) * BQ), [&](int64_t block, int, int c, int len) {
@@ -252,9 +249,8 @@ struct WindowBackward {
         int r0 = from > 0 ? int(from / MR * MR) : 0, r1 = to < BQ ? int((to + MR - 1) / MR * MR) : BQ;
         if (r0 >= r1) continue;
         const float *g = G + r0 * width + sp + c + s, *p = w.P + r0 * width + sp + c + s;
-        gemm<true, true>(MR, Kp, r1 - r0, g, width, q + r0 * ldq, ldq, keys_gradient(block) + s * Kp, Kp);
-        gemm<true, true>(MR, Vp, r1 - r0, p, width, d + r0 * Vp, Vp, values_gradient(block) + s * Vp, Vp);
-        ahead->some();
+        gemm<true, true>(MR, Kp, r1 - r0, g, width, q + r0 * ldq, ldq, keys_gradient(block) + s * Kp, Kp, ahead);
+        gemm<true, true>(MR, Vp, r1 - r0, p, width, d + r0 * Vp, Vp, values_gradient(block) + s * Vp, Vp, ahead);
       }
     });
   }
@@ -285,9 +281,9 @@ static Ahead rows_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, i
                          bool past) {
   Ahead ahead;
   int64_t head = h * a.R + r, ks = t + a.before, end = hi + a.before;
-  if (!past) ahead.want(a.dq, b, t, head, BQ, a.K, hi, true);
+  if (!past) ahead.want(a.dq, b, t, head, BQ, a.K, hi);
   if (r + 1 == a.R) {
-    if (!past) ahead.want(a.dk, b, ks, h, BQ, a.K, end, true), ahead.want(a.dv, b, ks, h, BQ, a.V, end, true);
+    if (!past) ahead.want(a.dk, b, ks, h, BQ, a.K, end), ahead.want(a.dv, b, ks, h, BQ, a.V, end);
     t -= BQ, head = h * a.R - 1;
     if (t < lo) return ahead;
     int64_t low = ks - BQ - a.window;

@@ -8,7 +8,7 @@ SOURCE = r"""
 struct Delta : Linear {
   float *A, *KK, *KS, *beta;
   Delta(int K, int V, int mode, const Map& map) : Linear(K, V, mode, map) {
-    A = arena.zeros(n * n), KK = arena.zeros(n * n), u = arena.get(n * Vp), KS = arena.get(n * Vp), beta = arena.get(n);
+    rows = true, A = arena.zeros(n * n), KK = arena.zeros(n * n), u = arena.get(n * Vp), KS = arena.get(n * Vp), beta = arena.get(n);
   }
   float decay(int t) const { return mode == PLAIN ? 1.0f : ec[t]; }
   void load(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {

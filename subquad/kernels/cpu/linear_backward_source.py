@@ -10,7 +10,7 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
   float *dS, *dz, *ST, *dST, *uT, *G, *dq, *dk, *dv, *dec, *tmp, *un;  // dv: gradient of u
   LinearBackward(Linear& l) : l(l) {
     int n = l.n, Kp = l.Kp, Vp = l.Vp;
-    dS = arena.zeros(Kp * Vp), dz = arena.zeros(Kp), ST = arena.get(Kp * Vp), dST = arena.get(Kp * Vp), uT = arena.get(Vp * n);
+    l.rows = true, dS = arena.zeros(Kp * Vp), dz = arena.zeros(Kp), ST = arena.get(Kp * Vp), dST = arena.get(Kp * Vp), uT = arena.get(Vp * n);
     G = arena.zeros(n * n), dq = arena.get(n * Kp), dk = arena.get(n * Kp), dv = arena.get(n * Vp), tmp = arena.get(n * Kp), un = arena.get(Kp);
     dec = arena.get(n * (l.mode == VECTOR ? Kp : 1));
   }
@@ -158,9 +158,9 @@ struct HeadGradients {
 static Ahead rows_before(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t h0, int64_t h1, int rows, int64_t lo, int64_t hi,
                          bool past) {
   Ahead ahead;
-  if (!past) ahead.want(a.dq, b, t, h * a.R + r, rows, a.Y, hi, true);
+  if (!past) ahead.want(a.dq, b, t, h * a.R + r, rows, a.Y, hi);
   if (r + 1 == a.R) {
-    if (!past) ahead.want(a.dk, b, t, h, rows, a.Y, hi, true), ahead.want(a.dv, b, t, h, rows, a.V, hi, true);
+    if (!past) ahead.want(a.dk, b, t, h, rows, a.Y, hi), ahead.want(a.dv, b, t, h, rows, a.V, hi);
     if (++h == h1) h = h0, t -= rows;
     if (t < lo) return ahead;
     r = -1;

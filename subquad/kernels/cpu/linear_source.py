@@ -28,12 +28,14 @@ static bool past_caches(const Tensor& gradient, const int64_t* seq, int64_t N, i
 struct Linear {  // one (sequence, key/value head)
   int K, V, Kp, Vp, mode, n;  // n: rows of a chunk
   bool sums;                  // also sums of features (the denominator): z
+  bool rows;                  // keys are wanted as rows, kk, and not only as columns, kT
   float *S, *z, *kT, *kk, *kw, *vv, *u, *D, *ec, *wr, *fade, *e, *P, *qs;  // u: values as they are written
   bool empty = true;  // S and z are zeros
   Features phi;
 
   Linear(int K, int V, int mode, const Map& map, bool sums = false)
-      : K(K), V(V), Kp(up(K)), Vp(up(V)), mode(mode), n(mode == VECTOR ? 16 : 64), sums(sums), phi(map, K) {
+      : K(K), V(V), Kp(up(K)), Vp(up(V)), mode(mode), n(mode == VECTOR ? 16 : 64), sums(sums),
+        rows(sums || mode == VECTOR), phi(map, K) {
     S = arena.zeros(Kp * Vp), z = arena.zeros(Kp);
     kT = arena.get(Kp * n), kk = arena.get(Kp * n), kw = arena.get(Kp * n), u = vv = arena.get(n * Vp);
     D = arena.zeros(n * n), P = arena.zeros(n * n), qs = arena.get(n * Kp);
@@ -69,24 +71,25 @@ struct Linear {  // one (sequence, key/value head)
   }
   // Keys and values that are written during this chunk: rows `from`.. (they may be other tokens than the queries').
   void keys(const Tensor& k, const Tensor& v, int64_t b, int64_t from, int64_t h, int64_t lo, int64_t hi) {
-    phi.load(k, b, from, h, n, lo, hi, kk);
     load_tile(v, b, from, h, n, V, lo, hi, vv);
-    if (mode != VECTOR) transpose(n, Kp, kk, Kp, kT, n);
+    const float* some = kk;
+    int64_t ldk = Kp;
+    if (rows) phi.load(k, b, from, h, n, lo, hi, kk);
+    else some = phi.borrow(k, b, from, h, n, lo, hi, kk, ldk);
+    if (mode != VECTOR) transpose(n, Kp, some, ldk, kT, n);
   }
   void load(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
     decays(a.g, b, t, h, lo, hi);
     keys(a.k, a.v, b, t, h, lo, hi);
   }
-  void mask_rows(float* X) {
+  void mask_rows(float* X) {  // what lies above the diagonal is in the diagonal's own vectors
     for (int i = 0; i < n; i++) {
-      float* x = X + i * n;
-      int cols = up(i / MR * MR + MR);
-      if (cols > n) cols = n;
-      if (mode == SCALAR) {
-        for (int j = 0; j < cols; j += L) st(x + j, ld(x + j) * ld(D + i * n + j));
-        for (int j = i + 1; j < cols; j++) x[j] = 0;
-      } else
-        for (int j = i + 1; j < cols; j++) x[j] = 0;
+      float *x = X + i * n, *d = D + i * n;
+      int j = 0;
+      if (mode == SCALAR)
+        for (; j + L <= i; j += L) st(x + j, ld(x + j) * ld(d + j));
+      j = i / L * L;
+      st(x + j, pick(iota() <= (vi){} + (i - j), mode == SCALAR ? ld(x + j) * ld(d + j) : ld(x + j), bc(0)));
     }
   }
   void products(const float* q, int64_t ldq) {  // vector decay: P_tj = sum_f q_t k_j prod e, by running products
@@ -105,8 +108,8 @@ struct Linear {  // one (sequence, key/value head)
       for (int t = 0; t < j; t++) P[t * n + j] = 0;
     }
   }
-  // out [n, Vp] = q_t . S_t; den[t] = q_t . z_t
-  void read(const float* q, int64_t ldq, float* out, float* den, Ahead* ahead = nullptr) {
+  // out [n, Vp] = scale q_t . S_t; den[t] = q_t . z_t
+  void read(const float* q, int64_t ldq, float* out, int64_t ldo, float* den, float scale = 1.0f, Ahead* ahead = nullptr) {
     if (mode == VECTOR) {
       products(q, ldq);
       for (int t = 0; t < n; t++)
@@ -116,13 +119,7 @@ struct Linear {  // one (sequence, key/value head)
       lower_product(n, Kp, q, ldq, kT, P, ahead);
       mask_rows(P);
     }
-    if (!empty) {
-      gemm<false, false>(n, Vp, Kp, q, ldq, S, Vp, out, Vp, ahead);
-      if (mode == SCALAR)
-        for (int t = 0; t < n; t++) scale_row(out + t * Vp, ec[t], Vp);
-      lower_rows<true>(n, Vp, P, n, u, Vp, out, Vp, ahead);
-    } else
-      lower_rows<false>(n, Vp, P, n, u, Vp, out, Vp, ahead);
+    lower_sum(n, Vp, empty ? 0 : Kp, q, ldq, S, mode == SCALAR ? ec : nullptr, P, u, scale, out, ldo, ahead);
     if (den)
       for (int t = 0; t < n; t++) {
         vf s = {};
@@ -142,12 +139,17 @@ struct Linear {  // one (sequence, key/value head)
     for (int f = 0; f < Kp; f++) scale_row(X + f * Vp, mode == SCALAR ? fade[0] : fade[f], Vp);
     for (int f = 0; f < Kp; f += L) st(x + f, ld(x + f) * (mode == SCALAR ? bc(fade[0]) : ld(fade + f)));
   }
-  void write(Ahead* ahead = nullptr) {
-    weighted_keys();
+  void write(Ahead* ahead = nullptr) {  // the last use of a chunk's keys: kT is faded where it stands
     fade_state(S, z);
-    gemm<true, true>(Kp, Vp, n, written(), Kp, u, Vp, S, Vp, ahead);
-    if (sums)
-      for (int t = 0; t < n; t++) axpy(z, 1.0f, written() + t * Kp, Kp);
+    if (mode == VECTOR) {
+      weighted_keys();
+      gemm<true, true>(Kp, Vp, n, kw, Kp, u, Vp, S, Vp, ahead);
+    } else {
+      for (int f = 0; mode == SCALAR && f < Kp; f++)
+        for (int t = 0; t < n; t += L) st(kT + f * n + t, ld(kT + f * n + t) * ld(wr + t));
+      gemm<true, false>(Kp, Vp, n, kT, n, u, Vp, S, Vp, ahead);
+    }
+    for (int t = 0; sums && t < n; t++) axpy(z, mode == SCALAR ? wr[t] : 1.0f, (mode == VECTOR ? kw : kk) + t * Kp, Kp);
     empty = false;
   }
   // The state as the forward keeps it for backward: [K, V], and [K] where there are sums.
@@ -188,7 +190,7 @@ struct Heads {
 // While query head r of h is read: its own output, then what the next one takes.
 static Ahead rows_after(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t h0, int64_t h1, int rows, int64_t hi) {
   Ahead ahead;
-  ahead.want(a.o, b, t, h * a.R + r, rows, a.V, hi, true);
+  ahead.want(a.o, b, t, h * a.R + r, rows, a.V, hi);
   if (r + 1 < a.R) {
     ahead.want(a.q, b, t, h * a.R + r + 1, rows, a.Y, hi);
     return ahead;
@@ -220,10 +222,12 @@ static void forward(const LinearArgs& a) {
         l.load(a, b, t, h, lo, hi);
         Ahead ahead;
         for (int64_t r = 0; r < a.R; r++) {
-          l.phi.load(a.q, b, t, h * a.R + r, l.n, lo, hi, q);
+          int64_t head = h * a.R + r, ldq, ldo;
+          const float* rows = l.phi.borrow(a.q, b, t, head, l.n, lo, hi, q, ldq);
+          float* to = lend_tile(a.o, b, t, head, l.n, a.V, lo, hi, out, ldo);
           ahead = rows_after(a, b, t, h, r, h0, h1, l.n, hi);
-          l.read(q, l.Kp, out, nullptr, &ahead);
-          store_tile(a.o, b, t, h * a.R + r, l.n, a.V, lo, hi, out, a.scale);
+          l.read(rows, ldq, to, ldo, nullptr, a.scale, &ahead);
+          if (to == out) store_tile(a.o, b, t, head, l.n, a.V, lo, hi, out);
         }
         if (a.hT || t + l.n < hi) l.write(&ahead);
         heads.put(h);

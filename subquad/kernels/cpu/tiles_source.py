@@ -32,6 +32,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * L)));
 typedef uint16_t vh __attribute__((vector_size(2 * L)));
 typedef uint16_t vhu __attribute__((vector_size(2 * L), aligned(2), may_alias));
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 INLINE vf ld(const float* p) { return *(const vfu*)p; }
 INLINE void st(float* p, vf x) { *(vfu*)p = x; }
@@ -110,65 +111,109 @@ struct Tensor {
 INLINE const char* at(const Tensor& t, int64_t b, int64_t i, int64_t h) {
   return t.p + (b * t.sb + i * t.st + h * t.sh) * (t.type ? 2 : 4);
 }
-// Rows that will be needed soon, asked for a few at a time between products: the memory's latency hides behind arithmetic. They are read into the second
-// cache level: the tiles at hand fill the first.
-struct Ahead {
-  struct Rows { const char* p; int64_t stride, bytes, count; bool write; } of[16];
-  int used = 0, now = 0;
-  int64_t row = 0;
-  void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi, bool write = false) {
-    int bytes = t.type ? 2 : 4;
-    of[used++] = {at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, hi - from < rows ? hi - from : rows, write};
-  }
-  void want(const float* p, int64_t count) { of[used++] = {(const char*)p, 256, 256, (count + 63) / 64, false}; }
-  void some() {
-    for (int i = 0; i < MR * ((used + 3) / 4) && now < used; i++) {  // four products fetch up to four tensors
-      const Rows& r = of[now];
-      if (row >= r.count) {
-        now++, row = 0;
-        continue;
-      }
-      const char* p = r.p + row++ * r.stride;
-      for (int64_t c = 0; c < r.bytes; c += 64)
-        if (r.write) __builtin_prefetch(p + c, 1);
-        else __builtin_prefetch(p + c, 0, 2);
-    }
+// Rows that will be needed soon, asked for within products, 256 bytes with every 8 steps of one: the memory's latency hides behind arithmetic, and there are
+// always few in flight, so that what misses the first cache level meanwhile need not wait. They are read into the second: the tiles at hand fill the first.
+struct Few {
+  const char* p;
+  int64_t stride;
+  INLINE_MEMBER void ask() {
+    for (int c = 0; c < 256; c += 64) __builtin_prefetch(p + c, 0, 2);
+    p += stride;
   }
 };
+struct Ahead {
+  struct Rows { const char* p; int64_t stride, count; } of[32];
+  int used = 0, now = 0;
+  int64_t row = 0;
+  void want(const char* p, int64_t stride, int64_t bytes, int64_t count) {
+    for (int64_t c = 0; c < bytes && used < 32; c += 256) of[used++] = {p + c, stride, count};
+  }
+  void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi) {
+    int bytes = t.type ? 2 : 4;
+    want(at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, hi - from < rows ? hi - from : rows);
+  }
+  void want(const float* p, int64_t count) { want((const char*)p, 256, 256, (count + 63) / 64); }
+  Few next(int rows) {
+    if (now == used) return {of[0].p, 0};
+    const Rows& r = of[now];
+    Few few = {r.p + row * r.stride, r.stride};
+    if ((row += rows) >= r.count) row = 0, now++;
+    return few;
+  }
+};
+INLINE Few few(Ahead* ahead, int K, const float* none) { return ahead && ahead->used ? ahead->next((K + 7) / 8) : Few{(const char*)none, 0}; }
 
-// ---- products: out[M, N] (= or +=) A[M, K] B[K, N]. AT: A is stored [K, M]. M a multiple of MR, N of L.
+// ---- products: out[M, N] (= or +=) A[M, K] B[K, N]. AT: A is stored [K, M]. M and K multiples of MR, N of L.
+template <int M, int N, bool AT>
+INLINE void step(vf (&acc)[M][N], int k, const float* A, int64_t lda, const float* B, int64_t ldb) {
+  vf b[N];
+  for (int n = 0; n < N; n++) b[n] = ld(B + k * ldb + n * L);
+  for (int m = 0; m < M; m++) {
+    vf a = bc(AT ? A[k * lda + m] : A[m * lda + k]);
+    for (int n = 0; n < N; n++) acc[m][n] += a * b[n];
+  }
+}
+template <int M, int N, bool AT>
+INLINE void multiply(vf (&acc)[M][N], int K, const float* A, int64_t lda, const float* B, int64_t ldb, Few ahead) {
+  int k = 0;
+  for (; k + 8 <= K; k += 8) {
+    ahead.ask();
+#pragma GCC unroll 8
+    for (int u = 0; u < 8; u++) step<M, N, AT>(acc, k + u, A, lda, B, ldb);
+  }
+  if constexpr (MR < 8)
+    for (; k < K; k++) step<M, N, AT>(acc, k, A, lda, B, ldb);
+}
 template <int M, int N, bool ACC, bool AT>
-INLINE void micro(int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {
+INLINE void micro(int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo, Ahead* ahead) {
   vf acc[M][N];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) acc[m][n] = ACC ? ld(out + m * ldo + n * L) : (vf){};
-  for (int k = 0; k < K; k++) {
-    vf b[N];
-    for (int n = 0; n < N; n++) b[n] = ld(B + k * ldb + n * L);
-    for (int m = 0; m < M; m++) {
-      vf a = bc(AT ? A[k * lda + m] : A[m * lda + k]);
-      for (int n = 0; n < N; n++) acc[m][n] += a * b[n];
-    }
-  }
+  multiply<M, N, AT>(acc, K, A, lda, B, ldb, few(ahead, K, A));
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) st(out + m * ldo + n * L, acc[m][n]);
+}
+// out = scale (fade A[M, K] B[K, N] + C[M, J] D[J, N]), fade: one number a row, or null.
+template <int M, int N>
+INLINE void micro_sum(int K, const float* A, int64_t lda, const float* B, const float* fade, int J, const float* C, int64_t ldc, const float* D, int64_t ldb,
+                      float scale, float* out, int64_t ldo, Ahead* ahead) {
+  vf acc[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) acc[m][n] = (vf){};
+  multiply<M, N, false>(acc, K, A, lda, B, ldb, few(ahead, K, A));
+  for (int m = 0; fade && m < M; m++)
+    for (int n = 0; n < N; n++) acc[m][n] *= bc(fade[m]);
+  multiply<M, N, false>(acc, J, C, ldc, D, ldb, few(ahead, J, C));
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) st(out + m * ldo + n * L, acc[m][n] * scale);
 }
 template <bool ACC, bool AT>
 static void gemm(int M, int N, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo, Ahead* ahead = nullptr) {
   for (int i = 0; i < M; i += MR) {
     const float* a = AT ? A + i : A + i * lda;
     int j = 0;
-    for (; j + NR * L <= N; j += NR * L) micro<MR, NR, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
+    for (; j + NR * L <= N; j += NR * L) micro<MR, NR, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo, ahead);
     if constexpr (NR > 2)
-      for (; j + 2 * L <= N; j += 2 * L) micro<MR, 2, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
-    for (; j < N; j += L) micro<MR, 1, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo);
-    if (ahead) ahead->some();
+      for (; j + 2 * L <= N; j += 2 * L) micro<MR, 2, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo, ahead);
+    for (; j < N; j += L) micro<MR, 1, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo, ahead);
   }
 }
 // Lower triangles, n x n: only blocks on and below the diagonal are touched.
 template <bool ACC>
 static void lower_rows(int n, int N, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo, Ahead* ahead = nullptr) {  // A lower
   for (int i = 0; i < n; i += MR) gemm<ACC, false>(MR, N, i + MR, A + i * lda, lda, B, ldb, out + i * ldo, ldo, ahead);
+}
+// out = scale (fade A B + C D), A [n, K], C lower [n, n]: a chunk's outputs from the state before it and from its own tokens.
+static void lower_sum(int n, int N, int K, const float* A, int64_t lda, const float* B, const float* fade, const float* C, const float* D, float scale,
+                      float* out, int64_t ldo, Ahead* ahead = nullptr) {
+  for (int i = 0; i < n; i += MR) {
+    const float *a = A + i * lda, *c = C + i * n, *f = fade ? fade + i : fade;
+    int j = 0;
+    for (; j + NR * L <= N; j += NR * L) micro_sum<MR, NR>(K, a, lda, B + j, f, i + MR, c, n, D + j, N, scale, out + i * ldo + j, ldo, ahead);
+    if constexpr (NR > 2)
+      for (; j + 2 * L <= N; j += 2 * L) micro_sum<MR, 2>(K, a, lda, B + j, f, i + MR, c, n, D + j, N, scale, out + i * ldo + j, ldo, ahead);
+    for (; j < N; j += L) micro_sum<MR, 1>(K, a, lda, B + j, f, i + MR, c, n, D + j, N, scale, out + i * ldo + j, ldo, ahead);
+  }
 }
 static void lower_transposed(int n, int N, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {  // += A^T B
   for (int j = 0; j < n; j += MR) gemm<true, true>(MR, N, n - j, A + j * lda + j, lda, B + j * ldb, ldb, out + j * ldo, ldo);
@@ -244,6 +289,10 @@ static const float* borrow_tile(const Tensor& t, int64_t b, int64_t from, int64_
   load_tile(t, b, from, h, rows, size, lo, hi, buf);
   ld = up(size);
   return buf;
+}
+// Where results of a tile go: into the tensor's own rows where they can, else into a buffer, to be stored.
+static float* lend_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* buf, int64_t& ld) {
+  return const_cast<float*>(t.type == 0 && size % L == 0 && from >= lo && from + rows <= hi ? (ld = t.st, (const float*)at(t, b, from, h)) : (ld = up(size), buf));
 }
 static void store_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, const float* src, float scale = 1.0f,
                        bool past = false) {  // past: stream them

@@ -25,7 +25,7 @@ static void store_sums(float* dst, int F, int V, const float* S, const float* z)
 static Ahead rows_after(const WindowArgs& a, int64_t b, int64_t t, int64_t h, int64_t r, int64_t h0, int64_t h1, int64_t hi) {
   Ahead ahead;
   int64_t head = h * a.R + r + 1, end = hi + a.before;
-  ahead.want(a.o, b, t, head - 1, BQ, a.V, hi, true);
+  ahead.want(a.o, b, t, head - 1, BQ, a.V, hi);
   if (r + 1 == a.R) {
     if (++h == h1) h = h0, t += BQ, head = h * a.R;
     int64_t ks = t + a.before;
@@ -82,20 +82,20 @@ struct MixedForward {  // neighbouring heads h0 .. h1 of one sequence, block by 
       for (int64_t r = 0; r < a.R; r++) {
         float* mine = parts + r * BQ * (w.Vp + 1);
         const float* fq = l.phi.borrow(a.fq, b, t + c, h * a.R + r, l.n, lo, hi, fbuf, ld);
-        l.read(fq, ld, mine + c * w.Vp, mine + BQ * w.Vp + c);
+        l.read(fq, ld, mine + c * w.Vp, w.Vp, mine + BQ * w.Vp + c);
       }
       if (t + c < hi) l.write();
     }
     for (int64_t r = 0; r < a.R; r++) {
       int64_t head = h * a.R + r;
       const float* q = borrow_tile(a.q, b, t, head, BQ, a.K, lo, hi, buf, ld);
-      w.forward(i, q, ld, out, den, top);
+      Ahead ahead = rows_after(a, b, t, h, r, h0, h1, hi);
+      w.forward(i, q, ld, out, den, top, &ahead);
       const float *yr = y, *dr = yden;
       if (some && l.mode == VECTOR) yr = parts + r * BQ * (w.Vp + 1), dr = yr + BQ * w.Vp;
       else if (some) {
         const float* fq = l.phi.borrow(a.fq, b, t, head, BQ, lo, hi, fbuf, ld);
-        Ahead ahead = rows_after(a, b, t, h, r, h0, h1, hi);
-        l.read(fq, ld, y, yden, &ahead);
+        l.read(fq, ld, y, w.Vp, yden, 1.0f, &ahead);
       }
       load_column(a.mix, b, t, head, BQ, lo, hi, mix);
       for (int m = 0; m < BQ && t + m < hi; m++) join(some && older(a, i * BQ + m), m, w.Vp, yr + m * w.Vp, dr[m]);
@@ -214,9 +214,9 @@ static Ahead mixed_before(const WindowArgs& a, int64_t b, int64_t t, int64_t h, 
   Ahead ahead;
   if (a.need_window) ahead = rows_before(a, b, t, h, r, lo, hi, past);
   int64_t head = h * a.R + r, end = hi + a.before, left = t + a.before - a.window;
-  if (!past) ahead.want(a.dfq, b, t, head, BQ, a.Y, hi, true);
+  if (!past) ahead.want(a.dfq, b, t, head, BQ, a.Y, hi);
   if (r + 1 == a.R) {
-    if (!past && left >= lo) ahead.want(a.dfk, b, left, h, BQ, a.Y, end, true);
+    if (!past && left >= lo) ahead.want(a.dfk, b, left, h, BQ, a.Y, end);
     t -= BQ, left -= BQ, head = h * a.R - 1;
     if (t < lo) return ahead;
     if (left >= lo) ahead.want(a.fk, b, left, h, BQ, a.Y, end);

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from subquad.linearize.mixers.base import AttentionCall, Mixer
 from subquad.linearize.mixers.cell import Cell
@@ -277,13 +278,16 @@ def _selective(mixer: Cell, call: AttentionCall, q: Tensor, k: Tensor, lag: int,
     """Mamba-1: the weight of j for t in channel v is sum_f q_tf k_jf dt_jv e^(-A_fv (dt_(j+1)v + .. + dt_tv)), over the tokens written by t."""
     dt, T = torch.nn.functional.softplus(mixer.dt(call.hidden_BTD)), q.shape[1]
     total = torch.where(torch.arange(T)[:, None, None] >= first, dt, 0.0).cumsum(1)
-    A, out = mixer.log_a.exp(), []
-    for t in range(T):
+    A, written = mixer.log_a.exp(), dt * call.v_BTGV
+
+    def row(t: int) -> Tensor:
         j = torch.arange(first, max(t - lag + 1, first))
         if len(j) == 0:
-            out.append(torch.zeros(*q.shape[:1], *q.shape[2:4], call.v_BTGV.shape[-1]))
-            continue
+            return torch.zeros(*q.shape[:1], *q.shape[2:4], call.v_BTGV.shape[-1])
         gone = total[:, t - lag, None] - total[:, j]  # [B, J, G, V]
-        fade = torch.exp(-A[None, None] * gone[:, :, :, None])
-        out.append(torch.einsum("bgrf,bjgf,bjgv,bjgfv->bgrv", q[:, t], k[:, j], dt[:, j] * call.v_BTGV[:, j], fade))
+        fade = torch.exp(-A * gone[:, :, :, None])  # [B, J, G, F, V]
+        return (((q[:, t, None] * k[:, j, :, None]) @ fade) * written[:, j, :, None]).sum(1)
+
+    # A row's numbers, J F V of them, are made again for its gradient: of 500 tokens they would take 80 GB.
+    out = [checkpoint(row, t, use_reentrant=False, preserve_rng_state=False) for t in range(T)]
     return torch.stack(out, 1)

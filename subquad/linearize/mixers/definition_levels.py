@@ -24,17 +24,16 @@ def level_weights(mixer, call: AttentionCall) -> Tensor:
 
 
 def delta_levels(mixer, call: AttentionCall, q: Tensor, k: Tensor, beta: Tensor, a: Tensor, new: Tensor) -> Tensor:
-    """sum_j lambda_tj q_t.W_j: W_j is beta_j k_j v_j^T turned by every token after j. new [B, G, T, J]: the token that is written at t."""
-    T, v, out = q.shape[1], call.v_BTGV, []
-    lambdas = level_weights(mixer, call)
-    writes = q.new_zeros(k.shape[0], k.shape[2], T, k.shape[3], v.shape[-1])  # [B, G, J, F, V]
-    for t in range(T):
+    """sum_j lambda_tj q_t.W_j, W_j = w_j v_j^T: w_j is beta_j k_j turned by every token after j. new [B, G, T, J]: the token that is written at t."""
+    out, lambdas = [], level_weights(mixer, call)
+    writes = torch.zeros_like(k.transpose(1, 2))  # [B, G, J, F]: w_j, 0 before j is written
+    for t in range(q.shape[1]):
         at = new[:, :, t]
         k_t, b_t = torch.einsum("bgj,bjgf->bgf", at, k), torch.einsum("bgj,bjg->bg", at, beta)
         fade = a[:, t] if mixer.rows.decay.clock == "now" else torch.einsum("bgj,bjg->bg", at, a)
-        writes = writes * fade[..., None, None, None].exp()
-        wrong = torch.einsum("bgj,bjgv->bgjv", at, v) - torch.einsum("bgf,bgjfv->bgjv", k_t, writes)
-        writes = writes + (b_t[..., None] * k_t)[:, :, None, :, None] * wrong[:, :, :, None]
-        read = torch.einsum("bgrf,bgjfv->bjgrv", q[:, t], writes)
-        out.append((lambdas[:, t].unsqueeze(-1) * read).sum(1))
+        writes = writes * fade[..., None, None].exp()
+        push = at - torch.einsum("bgf,bgjf->bgj", k_t, writes)
+        writes = writes + push[..., None] * (b_t[..., None] * k_t)[:, :, None]
+        read = torch.einsum("bgrf,bgjf->bjgr", q[:, t], writes)
+        out.append(torch.einsum("bjgr,bjgv->bgrv", lambdas[:, t] * read, call.v_BTGV))
     return torch.stack(out, 1)
