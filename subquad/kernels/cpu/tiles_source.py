@@ -111,28 +111,29 @@ struct Tensor {
 INLINE const char* at(const Tensor& t, int64_t b, int64_t i, int64_t h) {
   return t.p + (b * t.sb + i * t.st + h * t.sh) * (t.type ? 2 : 4);
 }
-// Rows that will be needed soon, asked for within products, 256 bytes with every 8 steps of one: the memory's latency hides behind arithmetic, and there are
+// Rows that will be needed soon, asked for within products, 128 bytes with every 8 steps of one: the memory's latency hides behind arithmetic, and there are
 // always few in flight, so that what misses the first cache level meanwhile need not wait. They are read into the second: the tiles at hand fill the first.
 struct Few {
   const char* p;
   int64_t stride;
   INLINE_MEMBER void ask() {
-    for (int c = 0; c < 256; c += 64) __builtin_prefetch(p + c, 0, 2);
+    __builtin_prefetch(p, 0, 2), __builtin_prefetch(p + 64, 0, 2);
     p += stride;
   }
 };
 struct Ahead {
-  struct Rows { const char* p; int64_t stride, count; } of[32];
+  static constexpr int MOST = 64;
+  struct Rows { const char* p; int64_t stride, count; } of[MOST];
   int used = 0, now = 0;
   int64_t row = 0;
   void want(const char* p, int64_t stride, int64_t bytes, int64_t count) {
-    for (int64_t c = 0; c < bytes && used < 32; c += 256) of[used++] = {p + c, stride, count};
+    for (int64_t c = 0; c < bytes && used < MOST; c += 128) of[used++] = {p + c, stride, count};
   }
   void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi) {
     int bytes = t.type ? 2 : 4;
     want(at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, hi - from < rows ? hi - from : rows);
   }
-  void want(const float* p, int64_t count) { want((const char*)p, 256, 256, (count + 63) / 64); }
+  void want(const float* p, int64_t count) { want((const char*)p, 128, 128, (count + 31) / 32); }
   Few next(int rows) {
     if (now == used) return {of[0].p, 0};
     const Rows& r = of[now];
@@ -220,18 +221,31 @@ static void lower_transposed(int n, int N, const float* A, int64_t lda, const fl
 }
 // ---- transposition of tiles: dst[c][r] = src[r][c]; rows and cols multiples of L
 INLINE void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  constexpr int G = L / 4;  // lanes of four: squares of four are turned within them, then whole lanes change places
   vf a[L], b[L];
-  vi lo = {}, hi = {};
-  for (int i = 0; i < L / 2; i++) lo[2 * i] = i, lo[2 * i + 1] = i + L, hi[2 * i] = i + L / 2, hi[2 * i + 1] = i + L / 2 + L;
-  for (int i = 0; i < L; i++) a[i] = ld(src + i * lds);
-  for (int s = 1; s < L; s *= 2) {
-    for (int i = 0; i < L / 2; i++) {
-      b[2 * i] = __builtin_shuffle(a[i], a[i + L / 2], lo);
-      b[2 * i + 1] = __builtin_shuffle(a[i], a[i + L / 2], hi);
-    }
-    for (int i = 0; i < L; i++) a[i] = b[i];
+  vi lo = {}, hi = {}, first = {}, second = {}, low = {}, high = {};
+  for (int i = 0; i < L; i++) {
+    int lane = i / 4 * 4, at = i % 4;
+    lo[i] = lane + at / 2 + at % 2 * L, hi[i] = lo[i] + 2;
+    first[i] = lane + at % 2 + at / 2 * L, second[i] = first[i] + 2;
+    low[i] = i / 8 * 4 + i % 4 + i / 4 % 2 * L, high[i] = low[i] + L / 2;
   }
-  for (int i = 0; i < L; i++) st(dst + i * ldd, a[i]);
+  for (int i = 0; i < L; i++) a[i] = ld(src + i * lds);
+  for (int i = 0; i < L; i += 4) {
+    vf x = __builtin_shuffle(a[i], a[i + 1], lo), y = __builtin_shuffle(a[i], a[i + 1], hi);
+    vf z = __builtin_shuffle(a[i + 2], a[i + 3], lo), w = __builtin_shuffle(a[i + 2], a[i + 3], hi);
+    b[i] = __builtin_shuffle(x, z, first), b[i + 1] = __builtin_shuffle(x, z, second);
+    b[i + 2] = __builtin_shuffle(y, w, first), b[i + 3] = __builtin_shuffle(y, w, second);
+  }
+  for (int c = 0; c < 4; c++) {
+    vf g[G], f[G];
+    for (int i = 0; i < G; i++) g[i] = b[4 * i + c];
+    for (int s = 1; s < G; s *= 2) {
+      for (int i = 0; i < G / 2; i++) f[2 * i] = __builtin_shuffle(g[i], g[i + G / 2], low), f[2 * i + 1] = __builtin_shuffle(g[i], g[i + G / 2], high);
+      for (int i = 0; i < G; i++) g[i] = f[i];
+    }
+    for (int i = 0; i < G; i++) st(dst + (4 * i + c) * ldd, g[i]);
+  }
 }
 static void transpose(int rows, int cols, const float* src, int64_t lds, float* dst, int64_t ldd) {
   for (int i = 0; i < rows; i += L)
