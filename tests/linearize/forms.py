@@ -46,6 +46,8 @@ LENGTHS, GROUPS, SIZES = (1, 63, 64, 65, 500), (1, 3, 8), (64, 80, 128)
 LONG = 65
 # Steps know nothing of the borders of blocks: of 63, 64 and 65 only the last has its gradients taken through steps.
 AT_BORDERS = (63, 64)
+# The weight of a pair has a corner where its score is 0: no gradient there, and close to it rounding decides which side fp32 takes.
+CORNERS = ("relu", "softpick")
 Out = tuple[Tensor, MixerState | None]
 
 
@@ -75,7 +77,49 @@ class Row:
         return mixer_of(self.case, self.R, size=self.K, heads=self.heads, **more)
 
     def call(self, batch: int = 2) -> AttentionCall:
-        return call_of(self.T, self.R, batch, self.K, self.heads, causal=self.causal)
+        """Away from points where there is no gradient to compare: corners of a weight, reads of nearly nothing that a norm makes large."""
+        call = call_of(self.T, self.R, batch, self.K, self.heads, causal=self.causal)
+        if self.case.split(",")[0] in CORNERS:
+            return redrawn(call, lambda c: _scores(c).abs().amin(-1) < 1e-5)
+        mixer = self.mixer()
+        if getattr(mixer, "output", None) is not None:
+            return redrawn(call, lambda c: _nearly_nothing(_reads(mixer, c)))
+        return call
+
+
+def redrawn(call: AttentionCall, wrong: Callable[[AttentionCall], Tensor]) -> AttentionCall:
+    """The call with queries drawn again where they are `wrong` [B, T, G, R], a few times: not every read depends on its own query alone."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        bad = wrong(call).expand(call.q_BTGRK.shape[:-1])
+        if not bad.any():
+            break
+        fresh = {}
+        for name in ("q_BTGRK", "plain_q_BTGRK"):
+            fresh[name] = getattr(call, name).clone()
+            fresh[name][bad] = torch.randn(fresh[name][bad].shape, generator=generator)
+        call = replace(call, **fresh)
+    return call
+
+
+def _scores(call: AttentionCall) -> Tensor:
+    """[B, T, G, R, J] in fp64. Nearer to 0 than 1e-5 is one query in 250 that sees 500 keys."""
+    return torch.einsum("btgrk,bjgk->btgrj", call.q_BTGRK.double(), call.k_BTGK.double()) * call.scale
+
+
+@torch.no_grad()
+def _reads(mixer, call: AttentionCall) -> Tensor:
+    """What the mixer's output norm is given: [B, T, G, R, V]."""
+    found = []
+    hook = mixer.output.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    mixer(call)
+    hook.remove()
+    return torch.cat(found, 1) if found else torch.zeros_like(call.q_BTGRK)
+
+
+def _nearly_nothing(y: Tensor) -> Tensor:
+    size = y.square().mean(-1).sqrt()
+    return (size > 0) & (size < 1e-2 * size[size > 0].median())
 
 
 def cases() -> list[str]:

@@ -8,6 +8,7 @@
 Key: B batch, T tokens, D model size, G key/value heads, F features.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,10 @@ POSITIONS = {
 
 
 class Phases(nn.Module):
-    """Phi_t, a running sum of W x + b per key/value head: [B, T, G, P]. b is a ladder of rotary frequencies (selective) or 0 (phase)."""
+    """Phi_t, a running sum of W x + b per key/value head, within half a turn: [B, T, G, P]. b is a ladder of rotary frequencies (selective) or 0 (phase).
+
+    Summed in fp64 and whole turns taken off: in fp32 the states of one call and of 500 steps were 2e-4 apart.
+    """
 
     def __init__(self, shape: HeadShape, count: int, rank: int, ladder: bool):
         super().__init__()
@@ -46,7 +50,8 @@ class Phases(nn.Module):
                 self.turn.bias.copy_((5e5 ** -(torch.arange(count, dtype=torch.float32) / count)).repeat(shape.kv_heads))
 
     def forward(self, hidden_BTD: Tensor, real_BT: Tensor, before_BGP: Tensor) -> Tensor:
-        return before_BGP.unsqueeze(1) + (self.turn(hidden_BTD) * real_BT[..., None, None]).cumsum(1)
+        turns = (self.turn(hidden_BTD) * real_BT[..., None, None]).double().cumsum(1) + before_BGP.unsqueeze(1)
+        return (turns - (turns.detach() / math.tau).round() * math.tau).to(before_BGP.dtype)
 
 
 def turned(features: Tensor, phase: Tensor, doubles: bool) -> Tensor:
