@@ -77,49 +77,21 @@ class Row:
         return mixer_of(self.case, self.R, size=self.K, heads=self.heads, **more)
 
     def call(self, batch: int = 2) -> AttentionCall:
-        """Away from points where there is no gradient to compare: corners of a weight, reads of nearly nothing that a norm makes large."""
         call = call_of(self.T, self.R, batch, self.K, self.heads, causal=self.causal)
-        if self.case.split(",")[0] in CORNERS:
-            return redrawn(call, lambda c: _scores(c).abs().amin(-1) < 1e-5)
-        mixer = self.mixer()
-        if getattr(mixer, "output", None) is not None:
-            return redrawn(call, lambda c: _nearly_nothing(_reads(mixer, c)))
-        return call
+        return off_corners(call) if self.case.split(",")[0] in CORNERS else call
 
 
-def redrawn(call: AttentionCall, wrong: Callable[[AttentionCall], Tensor]) -> AttentionCall:
-    """The call with queries drawn again where they are `wrong` [B, T, G, R], a few times: not every read depends on its own query alone."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        bad = wrong(call).expand(call.q_BTGRK.shape[:-1])
-        if not bad.any():
-            break
-        fresh = {}
-        for name in ("q_BTGRK", "plain_q_BTGRK"):
-            fresh[name] = getattr(call, name).clone()
-            fresh[name][bad] = torch.randn(fresh[name][bad].shape, generator=generator)
-        call = replace(call, **fresh)
-    return call
+def off_corners(call: AttentionCall, least: float = 1e-5) -> AttentionCall:
+    """The call with queries that have a score nearer to 0 than `least` drawn again until there are none: 1 in 250 that see 500 keys."""
+    q, generator = call.q_BTGRK.clone(), torch.Generator().manual_seed(0)
+    while (near := _scores(q, call).abs().amin(-1) < least).any():
+        q[near] = torch.randn(int(near.sum()), q.shape[-1], generator=generator)
+    return replace(call, q_BTGRK=q)
 
 
-def _scores(call: AttentionCall) -> Tensor:
-    """[B, T, G, R, J] in fp64. Nearer to 0 than 1e-5 is one query in 250 that sees 500 keys."""
-    return torch.einsum("btgrk,bjgk->btgrj", call.q_BTGRK.double(), call.k_BTGK.double()) * call.scale
-
-
-@torch.no_grad()
-def _reads(mixer, call: AttentionCall) -> Tensor:
-    """What the mixer's output norm is given: [B, T, G, R, V]."""
-    found = []
-    hook = mixer.output.register_forward_pre_hook(lambda _, given: found.append(given[0]))
-    mixer(call)
-    hook.remove()
-    return torch.cat(found, 1) if found else torch.zeros_like(call.q_BTGRK)
-
-
-def _nearly_nothing(y: Tensor) -> Tensor:
-    size = y.square().mean(-1).sqrt()
-    return (size > 0) & (size < 1e-2 * size[size > 0].median())
+def _scores(q: Tensor, call: AttentionCall) -> Tensor:
+    """[B, T, G, R, J] in fp64."""
+    return torch.einsum("btgrk,bjgk->btgrj", q.double(), call.k_BTGK.double()) * call.scale
 
 
 def cases() -> list[str]:

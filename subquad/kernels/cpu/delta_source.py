@@ -48,7 +48,7 @@ struct DeltaBackward : LinearBackward {
   // From the gradient of u to those of values, keys, beta, decays and the state.
   void finish() {
     int n = c.n, Kp = c.Kp, Vp = c.Vp;
-    float rows[64], cols[64] = {0};
+    double rows[64], cols[64] = {0};
     // dv becomes the gradient of the right-hand side: (I + A)^T X = dv, from the last rows up.
     for (int i0 = n - MR; i0 >= 0; i0 -= MR) {
       int below = n - i0 - MR;
@@ -59,7 +59,8 @@ struct DeltaBackward : LinearBackward {
     lower_product(n, Vp, dv, Vp, uT, G);  // minus the gradient of A
     gemm<false, false>(n, Kp, Vp, dv, Vp, ST, Kp, part, Kp);
     for (int t = 0; t < n; t++) {
-      float beta = c.beta[t], fade = c.decay(t), s = 0, read = dot(dv + t * Vp, c.KS + t * Vp, Vp);
+      double s = 0;
+      float beta = c.beta[t], fade = c.decay(t), read = dot(dv + t * Vp, c.KS + t * Vp, Vp);
       for (int j = 0; j < t; j++) {
         float D = c.mode == PLAIN ? 1.0f : c.D[t * n + j], x = -G[t * n + j] * D, y = x * c.KK[t * n + j];
         s += y;
@@ -76,7 +77,7 @@ struct DeltaBackward : LinearBackward {
     lower_transposed(n, Kp, G, n, c.kk, Kp, dk, Kp);
     gemm<true, true>(Kp, Vp, n, c.qs, Kp, dv, Vp, dS, Vp);
     for (int t = 0; t < n; t++) scale_row(dv + t * Vp, c.beta[t], Vp);
-    float suffix = 0;
+    double suffix = 0;
     for (int t = n - 1; t >= 0 && c.mode == SCALAR; t--) dec[t] += suffix += rows[t] - cols[t];
   }
   void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi, bool past) {

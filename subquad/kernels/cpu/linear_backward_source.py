@@ -26,7 +26,7 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
       for (int t = 0; t < n; t++) axpy(dk + t * Kp, 1.0f, dz, Kp);
     gemm<false, false>(n, Vp, Kp, l.written(), Kp, dS, Vp, dv, Vp);
     if (l.mode == SCALAR) {
-      float through = 0;
+      double through = 0;
       for (int f = 0; f < Kp; f++) through += dot(l.S + f * Vp, dS + f * Vp, Vp);
       if (l.sums) through += dot(l.z, dz, Kp);
       through *= l.fade[0];
@@ -64,9 +64,9 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
     const float* faded = q;
     int64_t ldf = ldq;
     if (l.mode == SCALAR) {
-      float cols[64] = {0}, rows[64];
+      double cols[64] = {0}, rows[64];  // a pair within what follows t is in a row and in a column: in fp64 the two cancel
       for (int t = 0; t < n; t++) {
-        float s = 0;
+        double s = 0;
         for (int j = 0; j < t; j++) {
           float x = G[t * n + j] * l.P[t * n + j];
           s += x, cols[j] += x;
@@ -75,7 +75,7 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
         rows[t] = s + dot(q + t * ldq, dq + t * Kp, Kp);
         for (int f = 0; f < Kp; f += L) st(l.qs + t * Kp + f, l.ec[t] * ld(q + t * ldq + f));
       }
-      float suffix = 0;
+      double suffix = 0;
       for (int t = n - 1; t >= 0; t--) dec[t] += suffix += rows[t] - cols[t];
       faded = l.qs, ldf = Kp;
     }
