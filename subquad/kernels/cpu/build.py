@@ -26,14 +26,17 @@ from subquad.kernels.cpu.delta_source import SOURCE as DELTA
 from subquad.kernels.cpu.features_source import SOURCE as FEATURES
 from subquad.kernels.cpu.linear_backward_source import SOURCE as LINEAR_BACKWARD
 from subquad.kernels.cpu.linear_source import SOURCE as LINEAR
+from subquad.kernels.cpu.products_source import SOURCE as PRODUCTS
 from subquad.kernels.cpu.python_source import SOURCE as PYTHON
 from subquad.kernels.cpu.steps_source import SOURCE as STEPS
+from subquad.kernels.cpu.threads_source import SOURCE as THREADS
 from subquad.kernels.cpu.tiles_source import SOURCE as TILES
+from subquad.kernels.cpu.vectors_source import SOURCE as VECTORS
 from subquad.kernels.cpu.window_linear_source import SOURCE as WINDOW_LINEAR
 
 log = logging.getLogger("subquad.kernels")
 
-SOURCE = TILES + FEATURES + LINEAR + LINEAR_BACKWARD + DELTA + BANDED + WINDOW_LINEAR + STEPS + PYTHON
+SOURCE = VECTORS + TILES + PRODUCTS + THREADS + FEATURES + LINEAR + LINEAR_BACKWARD + DELTA + BANDED + WINDOW_LINEAR + STEPS + PYTHON
 # Contraction of a * b + c is the only freedom the compiler gets: the same instructions every run, NaN and infinities as they should be.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast", "-fno-math-errno", "-w")
 ISA_FLAGS = {

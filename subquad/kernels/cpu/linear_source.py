@@ -85,11 +85,10 @@ struct Linear {  // one (sequence, key/value head)
   void mask_rows(float* X) {  // what lies above the diagonal is in the diagonal's own vectors
     for (int i = 0; i < n; i++) {
       float *x = X + i * n, *d = D + i * n;
-      int j = 0;
-      if (mode == SCALAR)
-        for (; j + L <= i; j += L) st(x + j, ld(x + j) * ld(d + j));
-      j = i / L * L;
-      st(x + j, pick(iota() <= (vi){} + (i - j), mode == SCALAR ? ld(x + j) * ld(d + j) : ld(x + j), bc(0)));
+      int own = i / L * L;
+      for (int j = 0; mode == SCALAR && j < own; j += L) st(x + j, ld(x + j) * ld(d + j));
+      vf last = mode == SCALAR ? ld(x + own) * ld(d + own) : ld(x + own);
+      st(x + own, pick(iota() <= (vi){} + (i - own), last, bc(0)));
     }
   }
   void products(const float* q, int64_t ldq) {  // vector decay: P_tj = sum_f q_t k_j prod e, by running products
