@@ -20,7 +20,7 @@ BLOCK = 64
 
 
 def banded_definition(
-    q_BTGRK, k_BJGK, v_BJGV, seen_BTJ, *, scale, window=1, weight="softmax", softcap=None, bias_BGTJ=None, sink_logit_GR=None
+    q_BTGRK, k_BJGK, v_BJGV, seen_BTJ, *, scale, window=1, weight="softmax", softcap=None, bias_BGTJ=None, sink_logit_GR=None, normalise=False
 ):
     """The formula with every pair written out, in the dtype of q; query t attends where seen_BTJ [B or 1, T, J] is True. Results as `banded_blocks`."""
     scores = torch.einsum("btgrk,bjgk->bgrtj", q_BTGRK, k_BJGK) * scale
@@ -29,7 +29,7 @@ def banded_definition(
     if bias_BGTJ is not None:
         scores = scores + bias_BGTJ.unsqueeze(2)
     logit = None if sink_logit_GR is None else sink_logit_GR.unsqueeze(-1)
-    weights, denominator, top = band_weights(weight, scores, seen_BTJ[:, None, None], window, logit)
+    weights, denominator, top = band_weights(weight, scores, seen_BTJ[:, None, None], window, logit, normalise)
     return torch.einsum("bgrtj,bjgv->btgrv", weights, v_BJGV), denominator.permute(0, 3, 1, 2), top.permute(0, 3, 1, 2)
 
 
@@ -49,6 +49,7 @@ def banded_blocks(
     sink_fade_BNG: Tensor | None = None,
     softcap: float | None = None,
     sink_logit_GR: Tensor | None = None,
+    normalise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Blocked form: queries in blocks of at least `window`, each against the sinks, the previous and its own block: O(T W), not O(T^2).
 
@@ -56,6 +57,7 @@ def banded_blocks(
     with sink_seen_BTN bool (True: the query attends to that sink); fade_BXG, sink_fade_BNG: running sums of log forget gates, of which a pair's
     score takes the query's less the key's; sink_logit_GR: a learned logit that takes weight but has no value.
     Returns numerator [B, T, G, R, V], denominator [B, T, G, R] and the maximum [B, T, G, R], all fp32. A query that sees nothing gets zeros.
+    normalise: as in ops.banded.
     """
     T = q_BTGRK.shape[1]
     before = k_BXGK.shape[1] - T
@@ -71,7 +73,8 @@ def banded_blocks(
     seen = _seen_blocks(valid_BX, T, C, back, window, sink_seen_BTN)
     logit = None if sink_logit_GR is None else sink_logit_GR.float()[:, None, :, None]
     return attend_blocks(
-        q_BTGRK, k, v, seen[:, None], scale=scale, weight=weight, window=window, softcap=softcap, bias_BGnRCJ=fade, sink_logit=logit
+        q_BTGRK, k, v, seen[:, None], scale=scale, weight=weight, window=window, softcap=softcap, bias_BGnRCJ=fade, sink_logit=logit,
+        normalise=normalise,
     )
 
 
@@ -87,6 +90,7 @@ def attend_blocks(
     softcap: float | None = None,
     bias_BGnRCJ: Tensor | None = None,
     sink_logit: Tensor | None = None,
+    normalise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries in blocks of C, each against the J keys gathered for it where seen (broadcasts). Results as `banded_blocks`."""
     T, R, C = q_BTGRK.shape[1], q_BTGRK.shape[3], seen_BGnCJ.shape[3]
@@ -98,7 +102,7 @@ def attend_blocks(
         scores = softcap * torch.tanh(scores / softcap)
     if bias_BGnRCJ is not None:
         scores = scores + bias_BGnRCJ
-    weights, denominator, top = band_weights(weight, scores, seen_BGnCJ.unsqueeze(3), window, sink_logit)
+    weights, denominator, top = band_weights(weight, scores, seen_BGnCJ.unsqueeze(3), window, sink_logit, normalise)
     numerator = (weights.to(v.dtype).flatten(3, 4) @ v).float().unflatten(3, (R, C))
     numerator, denominator, top = (x.movedim((2, 4), (1, 2)).flatten(1, 2)[:, :T] for x in (numerator, denominator, top))
     return numerator, denominator, top

@@ -24,7 +24,7 @@ def delta(q, k, v, beta, log_decay=None, **more):
 
 def banded(
     q, k, v, *, window, sinks=0, scale=None, weight="softmax", log_forget_BXG=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, softcap=None,
-    sink_logit_H=None, cu_seqlens=None,
+    sink_logit_H=None, cu_seqlens=None, normalise=False,
 ):  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -39,7 +39,8 @@ def banded(
             given["sink_seen_BTN"] = seen.expand(k.shape[0], -1, -1)
         logit = None if sink_logit_H is None else sink_logit_H.view(G, -1)
         found = banded_blocks(
-            q.unflatten(2, (G, -1)), k, v, window=window, scale=scale, weight=weight, softcap=softcap, sink_logit_GR=logit, **given
+            q.unflatten(2, (G, -1)), k, v, window=window, scale=scale, weight=weight, softcap=softcap, sink_logit_GR=logit,
+            normalise=normalise, **given
         )
         return tuple(x.flatten(2, 3) for x in found), None
 

@@ -43,7 +43,7 @@ def _with_sinks(k, v, sink_k, sink_v):
 
 def banded(
     q, k, v, *, window, sinks=0, scale=None, weight="softmax", log_forget_BXG=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, softcap=None,
-    sink_logit_H=None, cu_seqlens=None,
+    sink_logit_H=None, cu_seqlens=None, normalise=False,
 ):  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -58,7 +58,7 @@ def banded(
             bias = c[:, :, before:, None] - at_key[:, :, None]
         logit = None if sink_logit_H is None else sink_logit_H.view(G, -1)
         found = banded_definition(q.unflatten(2, (G, -1)), keys, values, near[None], scale=scale, window=window, weight=weight, softcap=softcap,
-                                  bias_BGTJ=bias, sink_logit_GR=logit)  # fmt: skip
+                                  bias_BGTJ=bias, sink_logit_GR=logit, normalise=normalise)  # fmt: skip
         return tuple(x.flatten(2, 3) for x in found), None
 
     return sequences(one, [q, k, v, log_forget_BXG], None, cu_seqlens)[0]

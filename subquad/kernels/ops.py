@@ -105,6 +105,7 @@ def banded(
     softcap: float | None = None,
     sink_logit_H: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    normalise: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over the last `window` tokens (the query's own included) and the first `sinks` tokens of the sequence, un-normalised.
@@ -122,6 +123,8 @@ def banded(
     tokens of k when X = T + position, otherwise they are given. sink n is seen through the band until it leaves it: by query t as a sink from
     position + t - n >= window on. scale None: K**-0.5. sink_logit_H: a learned logit that takes weight and has no value (softmax only).
     cu_seqlens needs X = T and position 0. `maximum` carries no gradient.
+    normalise: the first result is the output itself, and the denominator carries no gradient either. Gradients of scores are then exactly 0 where a query
+    sees one key; of numerator / denominator they are what is left of two sums.
     """
     given = dict(q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"))
     more = dict(
@@ -129,7 +132,7 @@ def banded(
     )  # fmt: skip
     return _run(
         "banded", backend, given, more, {}, window=window, sinks=sinks, scale=scale, weight=weight, position=position, softcap=softcap,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, normalise=normalise,
     )  # fmt: skip
 
 

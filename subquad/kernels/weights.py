@@ -12,7 +12,17 @@ WEIGHTS = ("softmax", "softmax1", "softpick", "sigmoid", "forget", "entmax")
 EPSILON = 1e-6  # softpick's, so that a row of zeros divides by something
 
 
-def band_weights(weight: str, scores: Tensor, seen: Tensor, window: int, sink_logit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def band_weights(
+    weight: str, scores: Tensor, seen: Tensor, window: int, sink_logit: Tensor | None, normalise: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_weights`; normalise: weights divided by the denominator, which then has no gradient of its own."""
+    w, denominator, top = _weights(weight, scores, seen, window, sink_logit)
+    if normalise:
+        w, denominator = w / denominator.clamp_min(torch.finfo(w.dtype).tiny).unsqueeze(-1), denominator.detach()
+    return w, denominator, top
+
+
+def _weights(weight: str, scores: Tensor, seen: Tensor, window: int, sink_logit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """scores [..., T, J], seen bool (broadcasts) -> (weights like scores, denominator and maximum without J). A row that sees nothing: zeros.
 
     sink_logit broadcasts with the maximum.

@@ -81,7 +81,8 @@ def test_banded(case):
 
 def test_banded_packed():
     leaves, other, _ = window_case(*WINDOWS["scalar, packed"])
-    compare(ops.banded, leaves, other, "triton")
+    for normalise in (False, True):
+        compare(ops.banded, leaves, other | {"normalise": normalise}, "triton")
 
 
 @pytest.mark.parametrize("case", cases(WINDOWS))

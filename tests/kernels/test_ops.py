@@ -158,10 +158,21 @@ def window_case(T, K, V, G, R, window, sinks, before, position, own, packed, F, 
     return leaves, other, more
 
 
+@pytest.mark.parametrize("normalise", (False, True))
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
-def test_banded(case, backend):
+def test_banded(case, normalise, backend):
     leaves, other, _ = window_case(*case)
-    compare(ops.banded, leaves, other, backend)
+    compare(ops.banded, leaves, other | {"normalise": normalise}, backend)
+
+
+def test_the_only_key_has_no_gradient(backend):
+    """Its share is 1 whatever its score is: normalised weights give 0 to the last digit, in bf16 too."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(1, 1, H, 48).to(dtype).requires_grad_() for H in (6, 2, 2))
+        out, _, _ = ops.banded(q, k, v, window=4, sinks=1, normalise=True, backend=backend)
+        (out * torch.randn(out.shape)).sum().backward()
+        assert not q.grad.any() and not k.grad.any() and v.grad.any()
 
 
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
@@ -244,7 +255,8 @@ def test_weights(weight, case):
     leaves, other, _ = window_case(*case)
     if weight == "forget":
         leaves["log_forget_BXG"] = -torch.rand(*leaves["k_BXGK"].shape[:3], dtype=D64)
-    compare(ops.banded, leaves, other | {"weight": weight}, "torch")
+    for normalise in (False, True):
+        compare(ops.banded, leaves, other | {"weight": weight, "normalise": normalise}, "torch")
 
 
 def test_entmax_is_a_distribution_with_zeros():

@@ -9,14 +9,14 @@ struct WindowArgs {
   Tensor q, k, v, sk, sv;               // sk, sv: sinks (their own tensors, or k and v again)
   Tensor o, den, top;                   // op 3: numerator, denominator, maximum; op 5: output, -, log of the whole mass
   Tensor fq, fk, mix, g;                // op 5
-  Tensor dout, dden;                    // backward: gradients of o (op 3: of the numerator) and of the denominator
+  Tensor dout, dden;                    // backward: gradients of o (op 3: of the numerator) and of the denominator; centred: that of o / den, and den
   Tensor dq, dk, dv, dsk, dsv, dfq, dfk, dmix, dg;
   const float *h0, *dhT;
   float *hT, *dh0, *kept;               // kept: as in LinearArgs, the state before each 64 queries
   const int64_t* seq;
   int64_t N, G, R, K, V, F, mode, threads;
   int64_t window, sinks, before, position;  // before: slots in front of the first query; sinks from the first tokens when own_sinks is 0
-  int64_t own_sinks, need_window;
+  int64_t own_sinks, need_window, centred;
   double scale;
   Map map;  // of fq and fk: they have Y numbers a head then, F features
   int64_t Y;
@@ -149,7 +149,8 @@ struct Window {
   }
 };
 
-// Weights exp(s - given), ds = w (d.v + dd). Query blocks come from the last to the first: gradients of keys and values are kept for as many key blocks as
+// Weights exp(s - given), ds = w (d.v + dd); centred: w (d.v - sum w (d.v) / dd), 0 to the last digit where there is one key.
+// Query blocks come from the last to the first: gradients of keys and values are kept for as many key blocks as
 // a band spans, and written when the last query that sees them is done; those of sinks among the first tokens stay to the end.
 struct WindowBackward {
   Window& w;
@@ -222,6 +223,12 @@ struct WindowBackward {
         const float* pm = p + m * width;
         float* gm = g + m * width;
         vf add = bc(dd[r + m]);
+        if (w.a.centred) {
+          vf sum = {};
+          for (int c = 0; r >= seen && c < sp; c += L) sum += ld(pm + c) * ld(gm + c);
+          for (int c = sp + c0; c < sp + c1; c += L) sum += ld(pm + c) * ld(gm + c);
+          add = bc(dd[r + m] > 0 ? -hsum(sum) / dd[r + m] : 0.0f);
+        }
         for (int c = 0; r >= seen && c < sp; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
         for (int c = sp + c0; c < sp + c1; c += L) st(gm + c, ld(pm + c) * (ld(gm + c) + add));
       }

@@ -133,34 +133,40 @@ class _Setting:
         run(name, a)
 
 
+def _divisor(den_BTH: Tensor) -> Tensor:
+    """A query that sees nothing has 0 of everything."""
+    return den_BTH.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+
+
 class _BandedFunction(Function):
     @staticmethod
-    def forward(ctx, q, k, v, sk, sv, setting):
+    def forward(ctx, q, k, v, sk, sv, setting, normalise):
         B, T, H, _ = q.shape
         o, den, top = torch.empty(B, T, H, v.shape[3]), torch.empty(B, T, H), torch.empty(B, T, H)
         setting.run("subquad_banded", q, k, v, sk, sv, o=o, den=den, top=top)
-        ctx.save_for_backward(q, k, v, sk, sv, top)
+        ctx.save_for_backward(q, k, v, sk, sv, top, den if normalise else None)
         ctx.setting = setting
-        ctx.mark_non_differentiable(top)
-        return o, den, top
+        ctx.mark_non_differentiable(*(den, top) if normalise else (top,))
+        return o.div_(_divisor(den)) if normalise else o, den, top
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dden, _):
-        q, k, v, sk, sv, top = ctx.saved_tensors
-        do, dden = rows(do), dden.contiguous()
+        q, k, v, sk, sv, top, den = ctx.saved_tensors
+        do, dden = (rows(do), dden.contiguous()) if den is None else (rows(do / _divisor(den)), den)
         dq, dk, dv = (_empty(x, *x.shape) for x in (q, k, v))
         dsk, dsv = (None if x is None else _empty(x, *x.shape) for x in (sk, sv))
-        ctx.setting.run("subquad_banded_backward", q, k, v, sk, sv, top=top, dout=do, dden=dden, dq=dq, dk=dk, dv=dv, dsk=dsk, dsv=dsv)
-        return *(None if d is None else d.to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v), (dsk, sk), (dsv, sv))), None
+        ctx.setting.run("subquad_banded_backward", q, k, v, sk, sv, top=top, dout=do, dden=dden, dq=dq, dk=dk, dv=dv, dsk=dsk, dsv=dsv,
+                        centred=int(den is not None))  # fmt: skip
+        return *(None if d is None else d.to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v), (dsk, sk), (dsv, sv))), None, None
 
 
 def banded(
     q, k, v, *, window, sinks=0, scale=None, weight="softmax", log_forget_BXG=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, softcap=None,
-    sink_logit_H=None, cu_seqlens=None,
+    sink_logit_H=None, cu_seqlens=None, normalise=False,
 ):  # fmt: skip
     setting = _Setting(q, k, sink_k_BNGK, window=window, sinks=sinks, scale=scale, position=position, cu_seqlens=cu_seqlens)
-    return _BandedFunction.apply(rows(q), rows(k), rows(v), rows(sink_k_BNGK), rows(sink_v_BNGV), setting)
+    return _BandedFunction.apply(rows(q), rows(k), rows(v), rows(sink_k_BNGK), rows(sink_v_BNGV), setting, normalise)
 
 
 class _WindowLinearFunction(Function):

@@ -47,7 +47,7 @@ WindowArgs = _struct(
     "WindowArgs",
     ("q k v sk sv o den top fq fk mix g dout dden dq dk dv dsk dsv dfq dfk dmix dg", _Tensor),
     ("h0 dhT hT dh0 kept seq", c_void_p),
-    ("N G R K V F mode threads window sinks before position own_sinks need_window", c_int64),
+    ("N G R K V F mode threads window sinks before position own_sinks need_window centred", c_int64),
     ("scale", c_double),
     ("map", Map),
     ("Y", c_int64),

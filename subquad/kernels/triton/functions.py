@@ -42,13 +42,16 @@ def delta(q, k, v, beta, log_decay=None, **options):
 
 def banded(
     q, k, v, *, window, sinks=0, scale=None, weight="softmax", log_forget_BXG=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, softcap=None,
-    sink_logit_H=None, cu_seqlens=None, input_precision=None,
+    sink_logit_H=None, cu_seqlens=None, normalise=False, input_precision=None,
 ):  # fmt: skip
     """`ops.banded` for softmax weights."""
     assert weight == "softmax" and log_forget_BXG is None and softcap is None, "why_not said so"
     sinks = sinks if sink_k_BNGK is None else sink_k_BNGK.shape[1]
     tensors = _plain(q, k, v, sink_k_BNGK, sink_v_BNGV, sink_logit_H)
-    return Banded.apply(*tensors, window, sinks, scale, position, cu_seqlens, input_precision)
+    numerator, denominator, top = Banded.apply(*tensors, window, sinks, scale, position, cu_seqlens, input_precision)
+    if normalise:
+        numerator = numerator / denominator.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    return numerator, denominator.detach() if normalise else denominator, top
 
 
 def window_linear(

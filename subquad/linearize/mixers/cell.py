@@ -20,7 +20,7 @@ from subquad.linearize.mixers.calibration import fit_before, fit_joint, fit_mix
 from subquad.linearize.mixers.combine import COMBINE_GATES, COMBINES, asked_once, join, some_older
 from subquad.linearize.mixers.feature_maps import make_map
 from subquad.linearize.mixers.knobs import DEFAULTS, map_options, rows_of
-from subquad.linearize.mixers.local import Local, local_attention, plain_position
+from subquad.linearize.mixers.local import Local, local_attention, plain_position, window_attention
 from subquad.linearize.mixers.memory import base_features, close_parts, has_total, kept_sizes, open_parts, part_shapes
 from subquad.linearize.mixers.normalisers import Normaliser, Sums
 from subquad.linearize.mixers.one_pass import fits, in_one_pass
@@ -131,7 +131,7 @@ class Cell(Mixer):
         value = (call.v_BTGV.float() + share * linear.squeeze(3)).to(call.v_BTGV.dtype)
         if call.state is not None:
             call.state.memory = close_parts(parts)
-        return local_attention(replace(call, v_BTGV=value), self.window, self.sinks).output().to(value.dtype)
+        return window_attention(replace(call, v_BTGV=value), self.window, self.sinks).to(value.dtype)
 
     def own_step(self, call: AttentionCall, position: Tensor, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(kept with the tokens of this call until they are written, what their queries need now): name -> [B, T, G, *], in the order of

@@ -98,6 +98,12 @@ def _self_adjusted(z: Tensor, n: int, p: Tensor | None) -> Tensor:
     return (z - low) / (high - low) * z.softmax(-1)
 
 
+def _softpick(z: Tensor) -> Tensor:
+    """The 1e-8 stands beside exponentials of which the largest, or 1, has been taken out."""
+    floor = 1e-8 * z.detach().amax(-1, keepdim=True).clamp_min(0).exp()
+    return (z.exp() - 1).relu() / ((z.exp() - 1).abs().sum(-1, keepdim=True) + floor)
+
+
 def _over(x: Tensor) -> Tensor:
     return x / x.sum(-1, keepdim=True)
 
@@ -110,7 +116,7 @@ RULES = {
     "entmax": lambda z, n, p: _entmax(z, 1.02 + 0.98 * torch.sigmoid(p)),
     "sigmoid": lambda z, n, p: 1 / (1 + torch.exp(-(z + p)) * n),
     "relu": lambda z, n, p: z.relu() / n,
-    "softpick": lambda z, n, p: (z.exp() - 1).relu() / ((z.exp() - 1).abs().sum(-1, keepdim=True) + 1e-12),
+    "softpick": lambda z, n, p: _softpick(z),
     "scalable": lambda z, n, p: _over(max(n, 2) ** (p * z)),
     "self_adjusted": _self_adjusted,
     "power": lambda z, n, p: _over(z.square()),

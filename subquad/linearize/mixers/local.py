@@ -94,12 +94,17 @@ def remember_slots(call: AttentionCall, slots: Extended, window: int) -> None:
         remember(call, slots.k, slots.v, slots.extra, slots.before, window, seen_B, slots.sink_k, slots.sink_v)
 
 
-def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Tensor | None = None) -> Local:
-    """Attend, hand out what leaves the window, and update the state's window, sinks and token counts."""
+def window_attention(call: AttentionCall, window: int, sinks: int) -> Tensor:
+    """[B, T, G, R, V] fp32: softmax attention over window and sinks alone; the state is updated."""
+    return local_attention(call, window, sinks, normalise=True).numerator
+
+
+def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Tensor | None = None, normalise: bool = False) -> Local:
+    """Attend, hand out what leaves the window, and update the state's window, sinks and token counts. normalise: as in ops.banded."""
     B, T = call.k_BTGK.shape[:2]
     position = plain_position(call)
     if position is not None:
-        return _plain(call, extend(call, sinks, extra_BTGX), position, window, sinks)
+        return _plain(call, extend(call, sinks, extra_BTGX), position, window, sinks, normalise)
     state = call.state
     seen_B = state.seen_B if state is not None and state.seen_B is not None else torch.zeros(B, dtype=torch.long, device=call.k_BTGK.device)
     fewest = state.fewest if state is not None else 0
@@ -116,7 +121,7 @@ def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Te
     sink_seen = position_BT[..., None] - torch.arange(sinks, device=k.device) >= window if sinks else None
     numerator, denominator, top = banded_blocks(
         call.q_BTGRK, k, v, window=window, scale=call.scale, valid_BX=valid, softcap=call.softcap, sink_logit_GR=call.sink_logit_GR,
-        sink_k=sink_k, sink_v=sink_v, sink_seen_BTN=sink_seen,
+        sink_k=sink_k, sink_v=sink_v, sink_seen_BTN=sink_seen, normalise=normalise,
     )  # fmt: skip
     local = Local(numerator, denominator, top)
     early = window - before  # the first queries of a young row have nothing leaving yet
@@ -130,7 +135,7 @@ def local_attention(call: AttentionCall, window: int, sinks: int, extra_BTGX: Te
     return local
 
 
-def _plain(call: AttentionCall, slots: Extended, position: int, window: int, sinks: int) -> Local:
+def _plain(call: AttentionCall, slots: Extended, position: int, window: int, sinks: int, normalise: bool) -> Local:
     B, T = call.k_BTGK.shape[:2]
     found = banded(
         call.q_BTGRK.flatten(2, 3),
@@ -140,6 +145,7 @@ def _plain(call: AttentionCall, slots: Extended, position: int, window: int, sin
         sinks=sinks,
         scale=call.scale,
         position=position,
+        normalise=normalise,
         **slots.given_sinks(position),
     )
     G = call.k_BTGK.shape[2]

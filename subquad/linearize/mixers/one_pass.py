@@ -58,10 +58,7 @@ def in_one_pass(cell, call: AttentionCall, position: int) -> Tensor:
         )  # fmt: skip
     else:
         given = slots.given_sinks(position)
-        numerator, denominator, _ = banded(
-            q, slots.k, slots.v, window=cell.window, sinks=cell.sinks, scale=call.scale, position=position, **given
-        )
-        out = numerator / denominator.unsqueeze(-1)
+        out = banded(q, slots.k, slots.v, window=cell.window, sinks=cell.sinks, scale=call.scale, position=position, normalise=True, **given)[0]
     remember_slots(call, slots, cell.window)
     if state is not None:
         state.memory = memory

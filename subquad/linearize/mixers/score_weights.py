@@ -88,7 +88,7 @@ def relu(s: Tensor, seen: Seen) -> Tensor:
 
 
 def softpick(s: Tensor, seen: Seen) -> Tensor:
-    """ReLU(e^s - 1) / sum |e^s - 1|, with the largest of s and 0 taken out of every exponent."""
+    """ReLU(e^s - 1) / (sum |e^s - 1| + 1e-8), with the largest of s and 0 taken out of every exponent first."""
     top = s.detach().amax(-1, keepdim=True).clamp_min(0)
     lifted = ((s - top).exp() - (-top).exp()) * seen.mask
     return lifted.relu() / (lifted.abs().sum(-1, keepdim=True) + 1e-8)

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall, HeadShape, Mixer
-from subquad.linearize.mixers.local import local_attention
+from subquad.linearize.mixers.local import window_attention
 
 
 class SharedKey(Mixer):
@@ -20,4 +20,4 @@ class SharedKey(Mixer):
     def forward(self, call: AttentionCall) -> Tensor:
         key = torch.einsum("btgk,g->btk", call.k_BTGK.float(), self.share.float()).to(call.k_BTGK.dtype)
         shared = replace(call, k_BTGK=key.unsqueeze(2).expand_as(call.k_BTGK))
-        return local_attention(shared, self.window, self.sinks).output().to(call.v_BTGV.dtype)
+        return window_attention(shared, self.window, self.sinks).to(call.v_BTGV.dtype)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from subquad.kernels.ops import window_linear_step
 from subquad.linearize.mixers.base import AttentionCall, Mixer
-from subquad.linearize.mixers.local import extend, local_attention, one_token, plain_position, remember_slots
+from subquad.linearize.mixers.local import extend, one_token, plain_position, remember_slots, window_attention
 
 
 class Window(Mixer):
@@ -26,4 +26,4 @@ class Window(Mixer):
             )
             remember_slots(call, slots, self.window)
             return out.view(*call.q_BTGRK.shape[:4], -1).to(call.v_BTGV.dtype)
-        return local_attention(call, self.window, self.sinks).output().to(call.v_BTGV.dtype)
+        return window_attention(call, self.window, self.sinks).to(call.v_BTGV.dtype)
