@@ -124,7 +124,7 @@ def banded(
     position + t - n >= window on. scale None: K**-0.5. sink_logit_H: a learned logit that takes weight and has no value (softmax only).
     cu_seqlens needs X = T and position 0. `maximum` carries no gradient.
     normalise: the first result is the output itself, and the denominator carries no gradient either. Gradients of scores are then exactly 0 where a query
-    sees one key; of numerator / denominator they are what is left of two sums.
+    sees one key (on cpu and torch; triton divides afterwards); of numerator / denominator they are what is left of two sums.
     """
     given = dict(q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"))
     more = dict(

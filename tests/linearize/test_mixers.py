@@ -16,6 +16,7 @@ from subquad.linearize.layout import packed, padded
 from subquad.linearize.mixers import MIXERS, build, causal, pieces
 from subquad.linearize.mixers.base import AttentionCall, HeadShape
 from subquad.linearize.mixers.definition import definition
+from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.key_weights import NOTHING
 from subquad.linearize.mixers.memory import open_parts
 from subquad.linearize.state import MixerState
@@ -388,6 +389,19 @@ def test_large_logits_stay_finite(case, times):
     out.square().sum().backward()
     assert out.isfinite().all()
     assert all(x.grad.isfinite().all() for x in (*leaves.values(), *mixer.parameters()) if x.grad is not None)
+
+
+@pytest.mark.parametrize("case", [*causal(), *BOTH_WAYS])
+@pytest.mark.parametrize("times", [-300, 300])
+def test_large_gates_stay_finite(case, times):
+    """Logits of gates in the hundreds, of both signs: softplus, sigmoids and their logarithms at their ends."""
+    mixer, call = mixer_of(case), call_of(40, causal=case not in BOTH_WAYS)
+    with torch.no_grad():
+        for gate in mixer.modules():
+            if isinstance(gate, InputGate):
+                gate.weight.mul_(times)
+    out, slopes = gradients(mixer, call, mixer, torch.ones(1))
+    assert all(x.isfinite().all() for x in (out, *slopes.values()))
 
 
 BY_WINDOW = [
