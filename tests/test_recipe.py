@@ -69,6 +69,11 @@ def test_variables(monkeypatch):
 # ---- schema ------------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_key_with_brackets_is_unknown(tmp_path):
+    with pytest.raises(UserError, match=r"stages\[0\]: no such key\..*Allowed here"):
+        load(tmp_path, GOOD, ["stages[0].context=2048"])
+
+
 def test_good_recipe(tmp_path):
     recipe = load(tmp_path, GOOD, ["stages.0.lr=5e-5"])
     assert recipe.name == "mine" and recipe.stages[0].tokens == 20_000 and recipe.stages[0].lr == 5e-5
