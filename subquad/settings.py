@@ -5,7 +5,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +148,12 @@ def validate(schema: type[BaseModel], data: Any, where: str = "") -> Any:
 
 def _sentences(schema: type[BaseModel], error: ValidationError, where: str) -> Iterator[str]:
     for item in error.errors(include_url=False):
-        *parents, last = item["loc"] or [""]
-        unknown = item["type"] == "extra_forbidden"  # then the last part is what was given, whatever it looks like
-        location = [part for part in parents if not _of_union(part)] + [last] * (unknown or not _of_union(last))
+        parents, unknown = (item["loc"][:-1], item["loc"][-1:]) if item["type"] == "extra_forbidden" else (item["loc"], ())
+        location = [part for part in parents if not (isinstance(part, str) and "[" in part)] + [*unknown]  # drops names of union branches
         path = where + ".".join(str(part) for part in location)
         if unknown:
             names = _fields(schema, parents)
-            yield f"{path}: no such key.{nearest(str(last), names)} Allowed here: {', '.join(names)}."
+            yield f"{path}: no such key.{nearest(str(unknown[0]), names)} Allowed here: {', '.join(names)}."
         elif item["type"] == "missing":
             yield f"{path}: needed, but not given."
         else:
@@ -164,12 +163,7 @@ def _sentences(schema: type[BaseModel], error: ValidationError, where: str) -> I
                 yield f"{path + ': ' if path else ''}{text}{given if item['type'] != 'value_error' else ''}"
 
 
-def _of_union(part: str | int) -> bool:
-    """Is this part of a location the name of a union's branch, such as `list[int]`?"""
-    return isinstance(part, str) and "[" in part
-
-
-def _fields(schema: Any, location: Sequence) -> list[str]:
+def _fields(schema: Any, location: tuple) -> list[str]:
     """Names of the fields of the model found at `location` inside `schema`."""
     for part in location:
         if isinstance(schema, type) and issubclass(schema, BaseModel) and part in schema.model_fields:

@@ -12,13 +12,18 @@ WEIGHTS = ("softmax", "softmax1", "softpick", "sigmoid", "forget", "entmax")
 EPSILON = 1e-6  # softpick's, so that a row of zeros divides by something
 
 
+def divisor(denominator: Tensor) -> Tensor:
+    """[..., 1], never 0: where nothing is seen the numerator is 0 too."""
+    return denominator.clamp_min(torch.finfo(denominator.dtype).tiny).unsqueeze(-1)
+
+
 def band_weights(
     weight: str, scores: Tensor, seen: Tensor, window: int, sink_logit: Tensor | None, normalise: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_weights`; normalise: weights divided by the denominator, which then has no gradient of its own."""
     w, denominator, top = _weights(weight, scores, seen, window, sink_logit)
     if normalise:
-        w, denominator = w / denominator.clamp_min(torch.finfo(w.dtype).tiny).unsqueeze(-1), denominator.detach()
+        w, denominator = w / divisor(denominator), denominator.detach()
     return w, denominator, top
 
 

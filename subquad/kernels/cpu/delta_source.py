@@ -77,8 +77,7 @@ struct DeltaBackward : LinearBackward {
     lower_transposed(n, Kp, G, n, c.kk, Kp, dk, Kp);
     gemm<true, true>(Kp, Vp, n, c.qs, Kp, dv, Vp, dS, Vp);
     for (int t = 0; t < n; t++) scale_row(dv + t * Vp, c.beta[t], Vp);
-    double suffix = 0;
-    for (int t = n - 1; t >= 0 && c.mode == SCALAR; t--) dec[t] += suffix += rows[t] - cols[t];
+    if (c.mode == SCALAR) add_suffixes(rows, cols);
   }
   void store(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi, bool past) {
     LinearBackward::store(a, b, t, h, lo, hi, past);

@@ -15,6 +15,7 @@ from subquad.kernels.cpu.build import library
 from subquad.kernels.cpu.steps import additive_step, delta_step, quick, window_linear_step  # noqa: F401  (a backend is one module)
 from subquad.kernels.cpu.structs import TYPES, LinearArgs, Map, WindowArgs, fill, pointer, rows, run
 from subquad.kernels.features import signs
+from subquad.kernels.weights import divisor
 
 
 def why_not(op: str, args: tuple, kwargs: dict) -> str | None:
@@ -133,11 +134,6 @@ class _Setting:
         run(name, a)
 
 
-def _divisor(den_BTH: Tensor) -> Tensor:
-    """A query that sees nothing has 0 of everything."""
-    return den_BTH.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-
-
 class _BandedFunction(Function):
     @staticmethod
     def forward(ctx, q, k, v, sk, sv, setting, normalise):
@@ -147,13 +143,13 @@ class _BandedFunction(Function):
         ctx.save_for_backward(q, k, v, sk, sv, top, den if normalise else None)
         ctx.setting = setting
         ctx.mark_non_differentiable(*(den, top) if normalise else (top,))
-        return o.div_(_divisor(den)) if normalise else o, den, top
+        return o.div_(divisor(den)) if normalise else o, den, top
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dden, _):
         q, k, v, sk, sv, top, den = ctx.saved_tensors
-        do, dden = (rows(do), dden.contiguous()) if den is None else (rows(do / _divisor(den)), den)
+        do, dden = (rows(do), dden.contiguous()) if den is None else (rows(do / divisor(den)), den)
         dq, dk, dv = (_empty(x, *x.shape) for x in (q, k, v))
         dsk, dsv = (None if x is None else _empty(x, *x.shape) for x in (sk, sv))
         ctx.setting.run("subquad_banded_backward", q, k, v, sk, sv, top=top, dout=do, dden=dden, dq=dq, dk=dk, dv=dv, dsk=dsk, dsv=dsv,

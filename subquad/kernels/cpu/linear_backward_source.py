@@ -49,6 +49,11 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
     }
     l.fade_state(dS, dz);
   }
+  // A pair's gradient goes to the decays between its tokens: all rows from t on less all columns, in fp64, where what is in both cancels.
+  void add_suffixes(const double* rows, const double* cols) {
+    double suffix = 0;
+    for (int t = l.n - 1; t >= 0; t--) dec[t] += suffix += rows[t] - cols[t];
+  }
   // One query head: q [n, Kp], d = gradient of its output [n, Vp], dd = gradient of its denominator [n] or null. Leaves dq; adds to the rest.
   void head(const float* q, int64_t ldq, const float* d, const float* dd, Ahead* ahead = nullptr) {
     if (l.mode == VECTOR) return vector_head(q, ldq, d, dd);
@@ -64,7 +69,7 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
     const float* faded = q;
     int64_t ldf = ldq;
     if (l.mode == SCALAR) {
-      double cols[64] = {0}, rows[64];  // a pair within what follows t is in a row and in a column: in fp64 the two cancel
+      double cols[64] = {0}, rows[64];
       for (int t = 0; t < n; t++) {
         double s = 0;
         for (int j = 0; j < t; j++) {
@@ -75,8 +80,7 @@ struct LinearBackward {  // around a Linear whose S, z are the state before the 
         rows[t] = s + dot(q + t * ldq, dq + t * Kp, Kp);
         for (int f = 0; f < Kp; f += L) st(l.qs + t * Kp + f, l.ec[t] * ld(q + t * ldq + f));
       }
-      double suffix = 0;
-      for (int t = n - 1; t >= 0; t--) dec[t] += suffix += rows[t] - cols[t];
+      add_suffixes(rows, cols);
       faded = l.qs, ldf = Kp;
     }
     l.mask_rows(G);

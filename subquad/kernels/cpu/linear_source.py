@@ -56,7 +56,6 @@ struct Linear {  // one (sequence, key/value head)
         if (i)
           for (int j = 0; j < up(i); j += L) st(D + i * n + j, e[i] * ld(D + (i - 1) * n + j));
         D[i * n + i] = 1;
-        for (int j = i + 1; j < n && j < up(i + MR); j++) D[i * n + j] = 0;
       }
       return;
     }

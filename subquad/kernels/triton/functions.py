@@ -15,6 +15,7 @@ from subquad.kernels.triton.additive import Additive
 from subquad.kernels.triton.delta import Delta
 from subquad.kernels.triton.steps import step, window_step
 from subquad.kernels.triton.window import Banded, WindowLinear
+from subquad.kernels.weights import divisor
 
 
 def _plain(*tensors):
@@ -49,9 +50,7 @@ def banded(
     sinks = sinks if sink_k_BNGK is None else sink_k_BNGK.shape[1]
     tensors = _plain(q, k, v, sink_k_BNGK, sink_v_BNGV, sink_logit_H)
     numerator, denominator, top = Banded.apply(*tensors, window, sinks, scale, position, cu_seqlens, input_precision)
-    if normalise:
-        numerator = numerator / denominator.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    return numerator, denominator.detach() if normalise else denominator, top
+    return (numerator / divisor(denominator), denominator.detach(), top) if normalise else (numerator, denominator, top)
 
 
 def window_linear(

@@ -98,10 +98,10 @@ def _self_adjusted(z: Tensor, n: int, p: Tensor | None) -> Tensor:
     return (z - low) / (high - low) * z.softmax(-1)
 
 
-def _softpick(z: Tensor) -> Tensor:
+def _softpick(z: Tensor, n: int, p: Tensor | None) -> Tensor:
     """The 1e-8 stands beside exponentials of which the largest, or 1, has been taken out."""
-    floor = 1e-8 * z.detach().amax(-1, keepdim=True).clamp_min(0).exp()
-    return (z.exp() - 1).relu() / ((z.exp() - 1).abs().sum(-1, keepdim=True) + floor)
+    floor, lifted = 1e-8 * z.detach().amax(-1, keepdim=True).clamp_min(0).exp(), z.exp() - 1
+    return lifted.relu() / (lifted.abs().sum(-1, keepdim=True) + floor)
 
 
 def _over(x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ RULES = {
     "entmax": lambda z, n, p: _entmax(z, 1.02 + 0.98 * torch.sigmoid(p)),
     "sigmoid": lambda z, n, p: 1 / (1 + torch.exp(-(z + p)) * n),
     "relu": lambda z, n, p: z.relu() / n,
-    "softpick": lambda z, n, p: _softpick(z),
+    "softpick": _softpick,
     "scalable": lambda z, n, p: _over(max(n, 2) ** (p * z)),
     "self_adjusted": _self_adjusted,
     "power": lambda z, n, p: _over(z.square()),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from subquad.kernels.banded import banded_blocks
 from subquad.kernels.ops import banded
+from subquad.kernels.weights import divisor
 from subquad.linearize.mixers.base import AttentionCall
 
 
@@ -35,7 +36,7 @@ class Local:
 
     def output(self) -> Tensor:
         """Softmax attention over window and sinks alone, fp32."""
-        return self.numerator / self.denominator.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+        return self.numerator / divisor(self.denominator)
 
 
 def plain_position(call: AttentionCall) -> int | None:

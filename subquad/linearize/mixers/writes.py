@@ -72,11 +72,7 @@ def step_strength(decay: nn.Module, hidden_BTD: Tensor) -> Tensor:
 
 
 def dual_strength(decay: nn.Module, hidden_BTD: Tensor) -> Tensor:
-    """g^tau as exp(tau log g), g = softplus(W x): where fp32 has no such g, log g is W x. (In 60 steps of training W x came to -77; at -104 g is 0,
-    whose logarithm made the gradients NaN.)"""
-    x, tau = decay.g(hidden_BTD), torch.sigmoid(decay.tau(hidden_BTD))
-    log_g = torch.where(x < -15, x, F.softplus(x.clamp_min(-15.0)).log())  # they differ by e^-15 / 2 there
-    return (tau * log_g).exp()
+    return decay.strength(hidden_BTD)
 
 
 def log_a(shape: HeadShape, features: int) -> Tensor:
