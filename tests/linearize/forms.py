@@ -31,7 +31,7 @@ from linearize.test_mixers import (
     state_errors,
     through_layout,
 )  # fmt: skip
-from tolerances import error
+from tolerances import MIXER, MIXER_GRADIENT, error, gradient_errors
 from torch import Tensor
 
 from subquad.linearize.layout import packed, padded
@@ -48,6 +48,7 @@ LONG = 65
 AT_BORDERS = (63, 64)
 # The weight of a pair has a corner where its score is 0: no gradient there, and close to it rounding decides which side fp32 takes.
 CORNERS = ("relu", "softpick")
+ALLOWED = {"forward": MIXER, "gradient": MIXER_GRADIENT, "state": MIXER}
 Out = tuple[Tensor, MixerState | None]
 
 
@@ -229,7 +230,7 @@ def subject(row: Row) -> Subject:
 
 
 def errors(row: Row) -> dict[str, dict[str, float]]:
-    """Form -> {what: how far off}; what is `forward`, `gradient NAME` or `state NAME`."""
+    """Form -> {what: how far off}; what is `forward`, `gradient NAME`, `state NAME` or, with no promise, `own NAME`: a gradient by its own largest number."""
     one, found = subject(row), {}
     for name in FORMS if row.causal else WITHOUT_STATE:
         found[name] = {}
@@ -244,7 +245,8 @@ def form_errors(one: Subject, form: Callable[..., Out], rows: tuple) -> Iterator
     carried = T <= LONG and not (form is steps and T in AT_BORDERS)
     if carried or not rows:
         out, slopes = gradients(one.mixer, one.call, kept_in(found, one, form), one.weight)
-        yield from gradient_errors(slopes, one.slopes)
+        for what, least in (("gradient", 1e-2), ("own", 1e-6)):
+            yield from ((f"{what} {name}", off) for name, off in gradient_errors(slopes, one.slopes, least))
     if rows:  # steps without gradients are other code
         with torch.no_grad():
             kept_in(found, one, form)(one.call)
@@ -262,16 +264,6 @@ def kept_in(found: list[Out], one: Subject, form: Callable[..., Out]) -> Callabl
         return found[-1][0]
 
     return call_form
-
-
-def gradient_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
-    """A text shorter than the window leaves some without a gradient; one of which all cancels is judged on the scale of the others."""
-    largest = max(x.abs().max() for x in wanted.values())
-    for name in {*found, *wanted}:
-        none = torch.zeros_like(found.get(name, wanted.get(name)))
-        one, want = found.get(name, none), wanted.get(name, none)
-        cancelled = want.abs().max() < 1e-6 * largest
-        yield f"gradient {name}", ((one - want).abs().max() / largest).item() if cancelled else error(one, want)
 
 
 # --- other promises -----------------------------------------------------------------------------------------------------------------------
