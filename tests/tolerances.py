@@ -28,13 +28,14 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def gradient_errors(found: dict[str, Tensor], wanted: dict[str, Tensor], least: float = 1e-2) -> Iterator[tuple[str, float]]:
     """(name, largest difference) of a call's gradients, each relative to the tensor's largest number, but at least to `least` of the call's largest.
 
-    A gradient that cancels to less than that is a small difference of the numbers the others are made of, and has their rounding. One that is not there
-    (a text shorter than the window) is zeros.
+    A gradient that cancels to less than that is a small difference of the numbers the others are made of, and has their rounding. One that is nothing but
+    rounding (of q of a lone token, whose output is its value whatever q is) is judged on the scale of the others; one that is not there is zeros.
     """
-    floor = least * max(x.abs().max().item() for x in wanted.values())
+    largest = max(x.abs().max().item() for x in wanted.values())
     for name in {*found, *wanted}:
         difference = (found.get(name, 0.0) - wanted.get(name, 0.0)).abs().max().item()
-        scale = max(wanted[name].abs().max().item() if name in wanted else 0.0, floor)
+        own = wanted[name].abs().max().item() if name in wanted else 0.0
+        scale = largest if own < 1e-6 * largest else max(own, least * largest)
         yield name, difference / scale if difference == difference else float("inf")
 
 

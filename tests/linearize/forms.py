@@ -245,7 +245,7 @@ def form_errors(one: Subject, form: Callable[..., Out], rows: tuple) -> Iterator
     carried = T <= LONG and not (form is steps and T in AT_BORDERS)
     if carried or not rows:
         out, slopes = gradients(one.mixer, one.call, kept_in(found, one, form), one.weight)
-        for what, least in (("gradient", 1e-2), ("own", 1e-6)):
+        for what, least in (("gradient", 1e-2), ("own", 0.0)):
             yield from ((f"{what} {name}", off) for name, off in gradient_errors(slopes, one.slopes, least))
     if rows:  # steps without gradients are other code
         with torch.no_grad():
