@@ -127,17 +127,20 @@ def test_lion_is_its_matrix(name):
     assert_near(mixer(call), wanted, MIXER)
 
 
-def test_rala_flow_and_mala_are_their_formulas():
+def test_inline_rala_flow_and_mala_are_their_formulas():
     elu1, call = (lambda x: torch.nn.functional.elu(x) + 1), call_of("x")
-    scale = K**-0.25
-    q, k, v = elu1(call.q_BTGRK * scale), elu1(call.k_BTGK * scale), call.v_BTGV
-    s = torch.einsum("btgrk,bjgk->bgrtj", q, k)
+    scale, v, pairs = K**-0.25, call.v_BTGV, lambda q, k: torch.einsum("btgrk,bjgk->bgrtj", q, k)
     read = lambda w: torch.einsum("bgrtj,bjgv->btgrv", w, v)  # noqa: E731
 
+    s = pairs(elu1(call.q_BTGRK), elu1(call.k_BTGK)) / K**0.5
     z, mean = s.sum(-1, keepdim=True), s.mean(-1, keepdim=True)
     assert_near(bare("mala_sum")(call), read(s / z + s - mean), MIXER, "mala: s / Z + (s - mean s)")
     assert_near(bare("mala")(call), read(s / z + (s - mean) / T), MIXER, "mala, token means")
+    s = pairs(call.q_BTGRK, call.k_BTGK) / K**0.5
+    assert_near(bare("inline")(call), read((s + 1 - s.mean(-1, keepdim=True)) / T), MIXER, "inline: (s + 1 - mean s) / T")
 
+    q, k = elu1(call.q_BTGRK * scale), elu1(call.k_BTGK * scale)
+    s = pairs(q, k)
     alpha = T * (torch.einsum("bgk,bjgk->bjg", q.mean((1, 3)), call.k_BTGK) / K**0.5).softmax(1)
     weights = s * alpha.permute(0, 2, 1)[:, :, None, None]
     assert_near(bare("rala")(call), read(weights / weights.sum(-1, keepdim=True)), MIXER, "rala")

@@ -58,9 +58,11 @@ def distance():
 SCALE = K**-0.25
 WEIGHTS = {
     "elu1": lambda q, k: dot(F.elu(q * SCALE) + 1, F.elu(k * SCALE) + 1),
-    "relu": lambda q, k: dot(q.relu(), k.relu()) / K**0.5,
+    "elu1_quarter": lambda q, k: dot(F.elu(q) + 1, F.elu(k) + 1) / K**0.5,
+    "relu": lambda q, k: dot(q.relu(), k.relu()),
     "unit_norm": cosine,
     "identity": dot,
+    "split": lambda q, k: dot(q, k) / K**0.5,
     "silu": lambda q, k: dot(F.silu(q), F.silu(k)),
     "sigmoid": lambda q, k: dot(torch.sigmoid(q * SCALE), torch.sigmoid(k * SCALE)),
     "quadratic": lambda q, k: dot(q, k).square() / K,

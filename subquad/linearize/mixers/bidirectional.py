@@ -19,7 +19,7 @@ from subquad.linearize.mixers.stream import positions, real, seen
 def whole_sequence(cell, call: AttentionCall) -> Tensor:
     """o [B, T, G, R, V] fp32 of a cell whose combine is `alone`."""
     position, on = positions(call, seen(call)), real(call)
-    q, k = cell.map_q(cell.queries(call), position), cell.map_k(cell.keys(call), position)
+    q, k = cell.map_q(cell.asked(call), position), cell.map_k(cell.keys(call), position)
     rows, exponential = cell.rows, cell.rows.feature_map.exponential
     if "q" in exponential:
         q = (q - q.amax(-1, keepdim=True).detach()).exp()

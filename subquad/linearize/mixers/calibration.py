@@ -170,7 +170,7 @@ def _sharpen(cell, by_G: Tensor) -> None:
 def linear_weights(cell, call: AttentionCall, sample: Sample, sharper: float = 1.0) -> Tensor:
     """[B, Q, G, R, J] up to a factor per query, 0 where j is not older: phi(sharper q).phi(sharper k), which is phi of a sharper W."""
     position, at = positions(call, seen(call)), sample.at_Q
-    q = cell.map_q(cell.queries(call)[:, at].float() * sharper, position[:, at])
+    q = cell.map_q(cell.asked(call)[:, at].float() * sharper, position[:, at])
     k = cell.map_k(cell.keys(call).float() * sharper, position)
     if "q" in cell.rows.feature_map.exponential:
         q = (q - q.amax(-1, keepdim=True)).exp()
@@ -192,9 +192,9 @@ def moments(cell, call: AttentionCall, sample: Sample) -> None:
     The paper takes var q var k / K for it, of whole layers; here per query head; keys, shared by a group, get the group's mean.
     """
     on = real(call)
-    var_q = call.q_BTGRK.float()[on].var((0, 3), unbiased=False)  # [G, R]
+    var_q = cell.asked(call).float()[on].var((0, 3), unbiased=False)  # [G, R]
     var_k = call.k_BTGK.float()[on].var((0, 2), unbiased=False)  # [G]
-    scores = var_q * var_k[:, None] * (call.q_BTGRK.shape[-1] * call.scale**2)
+    scores = var_q * var_k[:, None]
     each = (scores - MOMENT_B) / (2 * MOMENT_A)
     for side, wanted, found in ((cell.map_q, each, var_q), (cell.map_k, each.mean(1), var_k)):
         side.alpha.copy_((wanted / found.clamp_min(TINY)).sqrt().unsqueeze(-1) / side.scale)

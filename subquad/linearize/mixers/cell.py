@@ -147,7 +147,7 @@ class Cell(Mixer):
         if rows.write.strength is not None:
             kept["strength"] = rows.write.strength(self.decay, hidden)
         if rows.key_weight.rule is not None:
-            q, k = self.map_q(self.queries(call), position), self.map_k(self.keys(call), position)
+            q, k = self.map_q(self.asked(call), position), self.map_k(self.keys(call), position)
             kept |= rows.key_weight.rule.so_far(q, k, self.keys(call).float(), on.float(), parts)
         if rows.position.phases:
             kept["phase"] = now["phase"] = self.phases(hidden, on.float(), parts["phase"])
@@ -160,6 +160,12 @@ class Cell(Mixer):
 
     def queries(self, call: AttentionCall) -> Tensor:
         return call.plain_q_BTGRK if self.plain and call.plain_q_BTGRK is not None else call.q_BTGRK
+
+    def asked(self, call: AttentionCall) -> Tensor:
+        """`queries` as the map of queries takes them: maps that split q.k / sqrt(K) over both sides get the rest of the teacher's own scale."""
+        q = self.queries(call)
+        rest = call.scale * q.shape[-1] ** 0.5 if self.rows.feature_map.tempered else 1.0
+        return q if abs(rest - 1) < 1e-6 else q * rest
 
     def keys(self, call: AttentionCall) -> Tensor:
         return call.plain_k_BTGK if self.plain and call.plain_k_BTGK is not None else call.k_BTGK

@@ -114,7 +114,7 @@ def _apply(weights_BGRTJ: Tensor, v_BTGV: Tensor) -> Tensor:
 
 def _features(mixer: Cell, call: AttentionCall) -> tuple[Tensor, Tensor]:
     position = torch.arange(call.q_BTGRK.shape[1])[None].expand(call.q_BTGRK.shape[0], -1)
-    q, k = mixer.map_q(mixer.queries(call), position), mixer.map_k(mixer.keys(call), position)
+    q, k = mixer.map_q(mixer.asked(call), position), mixer.map_k(mixer.keys(call), position)
     q = q.exp() if "q" in mixer.rows.feature_map.exponential else q
     k = k.exp() if "k" in mixer.rows.feature_map.exponential else k
     if mixer.pieces["write"] == "convex":

@@ -32,10 +32,17 @@ class FeatureMap:
     width: Callable[[int], int] | None = None  # features of a head of K numbers, where that is not factor x K
     exponential: str = ""  # sides (q, k, qk) for which the function gives log features; the cell keeps their maximum out of the exponent
     module: str = ""  # a key of MODULES: a map with parameters of its own
+    raw: bool = False  # positive maps take K^(-1/4) q and K^(-1/4) k, so that W = identity has the teacher's logit scale; this one q and k as they are
+    split: bool = False  # takes K^(-1/4) of both though it is not positive
     unit: bool = False  # features are of unit length
     positions: bool = False  # asks where queries and keys stand
     least: float = 1e-6  # the smallest divisor: where products of features of both signs cancel, what is left of a small sum is rounding
     fit: str = ""  # what calibration.py sets before training: a row of FITS
+
+    @property
+    def tempered(self) -> bool:
+        """q.k times the teacher's scale is split evenly over both sides: q and k come in smaller."""
+        return self.split or (self.positive and not self.raw)
 
     @property
     def floor(self) -> float:
@@ -63,6 +70,11 @@ def identity(y: Tensor) -> Tensor:
 
 def elu1(y: Tensor) -> Tensor:
     return F.elu(y) + 1
+
+
+def elu1_quarter(y: Tensor) -> Tensor:
+    """K^(-1/4) (elu(y) + 1): products are divided by sqrt(K), as magnitude-aware weights want them."""
+    return elu1(y) * y.shape[-1] ** -0.25
 
 
 def bounded_exp(y: Tensor) -> Tensor:
@@ -125,11 +137,13 @@ FEATURE_MAPS = {
     "unit": FeatureMap(unit, 1, False, "SEEDS B01", unit=True),
     "silu_unit": _row(silu_unit, "SEEDS B01", positive=False, weight=True, unit=True),
     "unit_norm": _row(unit, "SEEDS A04", positive=False, unit=True),
-    "identity": _row(identity, "SEEDS A10, B13", positive=False),
+    "identity": _row(identity, "SEEDS B13", positive=False),
+    "split": _row(identity, "SEEDS A10", positive=False, split=True),
     "silu": _row(F.silu, "SEEDS B04", positive=False),
-    "relu": _row(F.relu, "SEEDS A09, A14"),
+    "relu": _row(F.relu, "SEEDS A09, A14", raw=True),
     "relu_linear": _row(F.relu, "SEEDS Dependencies, T2R; G01", weight=True, bias=True),
-    "elu1": _row(elu1, "SEEDS Dependencies, Linear Transformer; A11, A12"),
+    "elu1": _row(elu1, "SEEDS Dependencies, Linear Transformer; A11"),
+    "elu1_quarter": _row(elu1_quarter, "SEEDS A12", raw=True),
     "sigmoid": _row(torch.sigmoid, "SEEDS A07"),
     "softmax": _row(softmax, "SEEDS A24, Liger"),
     "efficient": _row(softmax, "SEEDS A06", k_fn=bounded_exp),
@@ -189,10 +203,9 @@ class LearnedMap(nn.Module):
 
 
 def make_map(name: str, side: str, heads: tuple[int, ...], size: int, options: dict) -> nn.Module:
-    """The map of queries (side q) or keys (side k). q.k / sqrt(K) is split evenly over both sides for positive maps, so that W = identity
-    gives features of the teacher's logit scale; maps that want the numbers as they are say so by not being positive."""
+    """The map of queries (side q) or keys (side k)."""
     row = FEATURE_MAPS[name]
-    scale = size**-0.25 if row.positive else 1.0
+    scale = size**-0.25 if row.tempered else 1.0
     if row.module:
         return lookup("feature map", row.module, MODULES)(side, heads, size, scale, **options)
     return LearnedMap(name, heads, size, scale, side)

@@ -51,7 +51,7 @@ class Normaliser(nn.Module):
         super().__init__()
         self.row = NORMALISERS[name]
         if self.row.parameter == "tau":
-            self.tau = nn.Parameter(torch.full((shape.kv_heads, shape.groups), shape.key**-0.5 * 100.0))
+            self.tau = nn.Parameter(torch.ones(shape.kv_heads, shape.groups))
         if self.row.parameter == "power":
             self.power = nn.Parameter(torch.full((shape.kv_heads, shape.groups), 0.5))
 

@@ -24,11 +24,6 @@ def fits(pieces: dict[str, Any]) -> bool:
     return now and not rows.feature_map.exponential and all(pieces[knob] == name for knob, name in PIECES.items())
 
 
-def numbers(cell, q_BTGRK: Tensor, k_BXGK: Tensor) -> tuple[Tensor, Tensor]:
-    """What the feature map is applied to, on both sides."""
-    return cell.map_q.numbers(q_BTGRK), cell.map_k.numbers(k_BXGK)
-
-
 def in_one_pass(cell, call: AttentionCall, position: int) -> Tensor:
     """o [B, T, G, R, V]. `position`: the tokens that came before this call (local.plain_position)."""
     slots, T, state = extend(call, cell.sinks), call.k_BTGK.shape[1], call.state
@@ -44,13 +39,14 @@ def in_one_pass(cell, call: AttentionCall, position: int) -> Tensor:
             decay = decay.masked_fill(~call.real_BT.view(*call.real_BT.shape, *(1,) * (decay.dim() - 2)), 0.0)
     if state is not None and one_token(q) and position >= cell.window + cell.sinks and memory is not None:
         out = window_linear_step(
-            q[:, 0], slots.k[:, 1:], slots.v[:, 1:], cell.map_q(call.q_BTGRK, now)[:, 0].flatten(1, 2),
+            q[:, 0], slots.k[:, 1:], slots.v[:, 1:], cell.map_q(cell.asked(call), now)[:, 0].flatten(1, 2),
             cell.mix(call.hidden_BTD)[:, 0].flatten(1), memory, cell.map_k(slots.k[:, :1], places[:, :1])[:, 0], slots.v[:, 0],
             None if decay is None else decay[:, 0], scale=call.scale, sink_k_BNGK=slots.sink_k, sink_v_BNGV=slots.sink_v,
         ).unsqueeze(1)  # fmt: skip
     elif older:
         fused = cell.rows.feature_map.fused
-        fq, fk = (cell.map_q(call.q_BTGRK, now), cell.map_k(slots.k, places)) if fused is None else numbers(cell, call.q_BTGRK, slots.k)
+        fq, fk = cell.asked(call), slots.k
+        fq, fk = (cell.map_q(fq, now), cell.map_k(fk, places)) if fused is None else (cell.map_q.numbers(fq), cell.map_k.numbers(fk))
         out, memory = window_linear(
             q, slots.k, slots.v, fq.flatten(2, 3), fk, cell.mix(call.hidden_BTD).flatten(2), decay, window=cell.window, sinks=cell.sinks,
             scale=call.scale, position=position, initial_state=memory, output_final_state=state is not None, feature_map=fused,

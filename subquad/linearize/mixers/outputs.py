@@ -59,6 +59,13 @@ class NormGate(Norm):
         return super().forward(y, hidden_BTD) * F.silu(self.gate(hidden_BTD))
 
 
+class GateNorm(NormGate):
+    """RMS norm of y times SiLU(W x + b): the gate turns the read, and has no size of its own."""
+
+    def forward(self, y: Tensor, hidden_BTD: Tensor) -> Tensor:
+        return Norm.forward(self, y * F.silu(self.gate(hidden_BTD)), hidden_BTD)
+
+
 class Gated(nn.Module):
     """y times (W x + b), W of low rank, b = 1."""
 
@@ -84,5 +91,6 @@ OUTPUTS = {
     "scaled": OutputRow("times a number per query head", "SEEDS K8", Scaled),
     "norm": OutputRow("RMS norm per head", "SEEDS K8, B01, G01", Norm),
     "norm_gate": OutputRow("RMS norm times SiLU(W x)", "SEEDS K8, GLA, RetNet, B04", NormGate),
+    "gate_norm": OutputRow("times SiLU(W x), then RMS norm", "SEEDS K8, B07, C07", GateNorm),
     "gate": OutputRow("times W x", "SEEDS K8, A11, A12", Gated),
 }

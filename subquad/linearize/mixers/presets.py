@@ -80,18 +80,18 @@ MIXERS = {
         both=True, feature_map="sigmoid", key_weight="flow", normaliser="flow",
     ),
     "focused": _cell("cubed features of kept length", "A08", "FLatten (2023)", NONE, both=True, feature_map="focused"),
-    "inline": _cell("centred weights, no division", "A10", "InLine (2024)", NONE, both=True, feature_map="identity", normaliser="centred"),
+    "inline": _cell("centred weights, no division", "A10", "InLine (2024)", NONE, both=True, feature_map="split", normaliser="centred"),
     "rala": _cell(
         "keys re-weighted by their rank among all", "A11", "RALA (2024)", NONE,
         both=True, feature_map="elu1", key_weight="competition", output="gate",
     ),
     "mala": _cell(
         "magnitude-aware weights, token means (code form)", "A12", "MALA (2025), official code", NONE,
-        both=True, feature_map="elu1", normaliser="magnitude", output="gate",
+        both=True, feature_map="elu1_quarter", normaliser="magnitude", output="gate",
     ),
     "mala_sum": _cell(
         "magnitude-aware weights, token sums (paper form)", "A12", "MALA (2025), paper", NONE,
-        both=True, feature_map="elu1", normaliser="magnitude_sum", output="norm",
+        both=True, feature_map="elu1_quarter", normaliser="magnitude_sum", output="norm",
     ),
     "nalaformer": _cell(
         "norm-aware powers of a signed split", "A13", "NaLaFormer (2025)", NONE, both=True, feature_map="norm_power", output="norm_gate"
@@ -131,7 +131,7 @@ MIXERS = {
     ),
     "mamba2": _cell(
         "scalar decay and step size", "B03 C07", "Mamba-2 (2024)",
-        feature_map="identity", decay="step_size", write="step", normaliser="none", output="norm_gate", position="drop",
+        feature_map="identity", decay="step_size", write="step", normaliser="none", output="gate_norm", position="drop",
     ),
     "lightning": _cell(
         "SiLU features, fixed decays", "B04", "TransNormerLLM, Lightning Attention (2024)",
@@ -154,7 +154,7 @@ MIXERS = {
     ),
     "rodimus": _cell(
         "two gates that share a temperature", "B07", "Rodimus (2024), its gate",
-        feature_map="unit_norm", decay="dual", write="dual", normaliser="none", output="norm_gate",
+        feature_map="unit_norm", decay="dual", write="dual", normaliser="none", output="gate_norm",
     ),
     "sse": _cell(
         "four partitions, two used by a token", "B08", "Scaling Linear Attention with Sparse State Expansion (2025)",
@@ -178,7 +178,7 @@ MIXERS = {
     # --- hybrids ---
     "rodimus_plus": _sequential(
         "two gates that share a temperature, then a window over the values they enrich", "B07 K9", "Rodimus+ (2024), recurrence then window",
-        feature_map="unit_norm", decay="dual", write="dual", normaliser="none", output="norm_gate",
+        feature_map="unit_norm", decay="dual", write="dual", normaliser="none", output="gate_norm",
     ),
     "titans_mal": _sequential(
         "gated delta rule with momentum, then a window over the values it enriches", "B15 K9", "Titans (2024), MAL with linear memory",

@@ -42,7 +42,7 @@ Read = tuple[Sums, Tensor | float]
 
 def query_features(cell, call: AttentionCall, position: Tensor, now: Parts) -> Read:
     """(phi_q [B, T, G, R, F], log scale taken out of it)."""
-    q, log_scale = cell.map_q(cell.queries(call), position), 0.0
+    q, log_scale = cell.map_q(cell.asked(call), position), 0.0
     if "q" in cell.rows.feature_map.exponential:
         top = q.amax(-1, keepdim=True).detach()
         q, log_scale = (q - top).exp(), top.squeeze(-1)
@@ -139,7 +139,7 @@ def fused(cell, call: AttentionCall, stream: Stream, now: Parts) -> bool:
 def read_fused(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
     """`read_additive` with the map inside the op. A row that writes nothing has no zero features there, but zeros for values and for their count."""
     V, on = cell.shape.value, stream.on_BT[..., None, None].float()
-    q, k = cell.map_q.numbers(cell.queries(call)), cell.map_k.numbers(stream.kept.get("plain", stream.k))
+    q, k = cell.map_q.numbers(cell.asked(call)), cell.map_k.numbers(stream.kept.get("plain", stream.k))
     v = stream.v.float() * on
     if cell.has_total:
         v = torch.cat([v, on.expand(-1, -1, v.shape[2], -1)], -1)
