@@ -132,6 +132,8 @@ WINDOWS = [
     (77, 64, 80, 1, 3, 16, 4, 0, 0, False, False, 128, "scalar"),
     (250, 64, 48, 2, 1, 64, 4, 0, 0, False, True, 32, "scalar mixed"),
     (250, 128, 64, 1, 1, 70, 0, 70, 70, False, False, 24, "scalar"),
+    (20, 16, 16, 1, 2, 5, 2, 3, 3, False, False, 16, "none"),  # a call that goes on, with all keys: sinks at their head
+    (90, 32, 24, 1, 2, 8, 4, 70, 70, False, False, 16, "scalar"),
     (130, 16, 5, 2, 3, 6, 3, 6, 100, True, False, 8, "none"),  # no size is a multiple of a vector's
     (100, 32, 32, 1, 3, 10, 4, 10, 50, True, False, 40, "vector"),
     (130, 32, 32, 1, 2, 300, 4, 0, 0, False, False, 16, "scalar"),  # nothing ever leaves

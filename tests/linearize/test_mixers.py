@@ -36,6 +36,9 @@ CASES |= {
     "gated_delta none": ("gated_delta", {"decay": "none"}),
     "lola": ("lola", {"cache": 5}),  # of its own size, nothing would be written at these lengths
     "window_linear cache": ("window_linear", {"cache": 5}),
+    "fox scalable": ("fox", {"weights": "scalable"}),
+    "fox sigmoid": ("fox", {"weights": "sigmoid"}),
+    "fox blocks": ("fox", {"blocks": True, "top": 2}),
     "gla cache": ("gla", {"cache": 5, "position": "drop", "decay": "scalar"}),
     "lizard cache": ("lizard", {"cache": 1}),
     "gated_deltanet cache": ("gated_deltanet", {"cache": 5}),
@@ -391,15 +394,16 @@ def test_large_logits_stay_finite(case, times):
     assert all(x.grad.isfinite().all() for x in (*leaves.values(), *mixer.parameters()) if x.grad is not None)
 
 
-@pytest.mark.parametrize("case", [*causal(), *BOTH_WAYS])
-@pytest.mark.parametrize("times", [-300, 300])
-def test_large_gates_stay_finite(case, times):
-    """Logits of gates in the hundreds, of both signs: softplus, sigmoids and their logarithms at their ends."""
+@pytest.mark.parametrize("case", [*CASES, *BOTH_WAYS])
+@pytest.mark.parametrize(("times", "plus"), [(-300, 0), (300, 0), (1, -60)])
+def test_large_gates_stay_finite(case, times, plus):
+    """Logits of gates in the hundreds, of both signs, and all of them far below 0: softplus, sigmoids and their logarithms at their ends."""
     mixer, call = mixer_of(case), call_of(40, causal=case not in BOTH_WAYS)
     with torch.no_grad():
         for gate in mixer.modules():
             if isinstance(gate, InputGate):
                 gate.weight.mul_(times)
+                gate.bias.add_(plus)
     out, slopes = gradients(mixer, call, mixer, torch.ones(1))
     assert all(x.isfinite().all() for x in (out, *slopes.values()))
 

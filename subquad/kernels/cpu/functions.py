@@ -117,6 +117,11 @@ def delta(
     return _LinearFunction.apply(*given, seq, float(scale), output_final_state, out_dtype or v.dtype, feature_map, _wanted(*given))
 
 
+def _own_sinks(k, v, sk, sv, sinks: int, position: int) -> tuple[Tensor | None, Tensor | None]:
+    """Sinks that stand at the head of k, before the first query, are handed over by themselves: C++ looks for its own among the queries' tokens."""
+    return (sk, sv) if sk is not None or not sinks or not position else (k[:, :sinks], v[:, :sinks])
+
+
 class _Setting:
     """What a window op is told besides tensors."""
 
@@ -161,8 +166,9 @@ def banded(
     q, k, v, *, window, sinks=0, scale=None, weight="softmax", log_forget_BXG=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, softcap=None,
     sink_logit_H=None, cu_seqlens=None, normalise=False,
 ):  # fmt: skip
-    setting = _Setting(q, k, sink_k_BNGK, window=window, sinks=sinks, scale=scale, position=position, cu_seqlens=cu_seqlens)
-    return _BandedFunction.apply(rows(q), rows(k), rows(v), rows(sink_k_BNGK), rows(sink_v_BNGV), setting, normalise)
+    sk, sv = _own_sinks(k, v, sink_k_BNGK, sink_v_BNGV, sinks, position)
+    setting = _Setting(q, k, sk, window=window, sinks=sinks, scale=scale, position=position, cu_seqlens=cu_seqlens)
+    return _BandedFunction.apply(rows(q), rows(k), rows(v), rows(sk), rows(sv), setting, normalise)
 
 
 class _WindowLinearFunction(Function):
@@ -205,7 +211,7 @@ def window_linear(
     q, k, v, fq, fk, mix, log_decay=None, *, window, sinks=0, scale=None, position=0, sink_k_BNGK=None, sink_v_BNGV=None, initial_state=None,
     output_final_state=False, cu_seqlens=None, feature_map=None,
 ):  # fmt: skip
-    setting = _Setting(q, k, sink_k_BNGK, window=window, sinks=sinks, scale=scale, position=position, cu_seqlens=cu_seqlens)
-    given = (rows(q), rows(k), rows(v), rows(fq), rows(fk), _fp32(mix), _fp32(log_decay), rows(sink_k_BNGK), rows(sink_v_BNGV),
-             _fp32(initial_state))  # fmt: skip
+    sk, sv = _own_sinks(k, v, sink_k_BNGK, sink_v_BNGV, sinks, position)
+    setting = _Setting(q, k, sk, window=window, sinks=sinks, scale=scale, position=position, cu_seqlens=cu_seqlens)
+    given = (rows(q), rows(k), rows(v), rows(fq), rows(fk), _fp32(mix), _fp32(log_decay), rows(sk), rows(sv), _fp32(initial_state))
     return _WindowLinearFunction.apply(*given, setting, output_final_state, feature_map, _wanted(*given))

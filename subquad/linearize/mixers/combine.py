@@ -24,6 +24,7 @@ from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.local import Local
 
 TINY = torch.finfo(torch.float32).tiny
+LEAST = 1e-18  # of a divisor whose gates can make it vanish: the gradient has its square below, which has to stay inside fp32
 
 # --- parameters of a combination: name in the cell -> what is built as (shape, mass) ----------------------------------------------------------
 
@@ -119,4 +120,4 @@ def join(local: Local, left_BT: Tensor, numerator: Tensor, denominator: Tensor, 
     top = torch.maximum(local.top, log_share).detach()
     a, b = (local.top - top).exp(), (log_share - top).exp()
     total = a * local.denominator + b * denominator
-    return (a.unsqueeze(-1) * local.numerator + b.unsqueeze(-1) * numerator) / total.clamp_min(TINY).unsqueeze(-1)
+    return (a.unsqueeze(-1) * local.numerator + b.unsqueeze(-1) * numerator) / total.clamp_min(LEAST).unsqueeze(-1)

@@ -70,7 +70,12 @@ class Fixed(nn.Module):
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float32, device="cpu")))
 
     def start_at(self, log_G: Tensor) -> None:
-        self.log_G.copy_(log_G)
+        if self.untouched():  # no gate tells a trained mixer from a new one
+            self.log_G.copy_(log_G)
+
+    def untouched(self) -> bool:
+        """The decays are those it was built with."""
+        return torch.equal(self.log_G, self.logs(self.log_G.numel()).to(self.log_G))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.log_G.float().expand(*hidden_BTD.shape[:2], -1)

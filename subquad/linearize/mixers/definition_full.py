@@ -3,6 +3,8 @@
 z are the scores of the keys a query sees, n their number, p the number learned for the query's head. Key: as in base.py.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -114,10 +116,10 @@ RULES = {
     "entmax15": lambda z, n, p: _entmax(z, 1.5),
     "sparsemax": lambda z, n, p: _entmax(z, 2.0),
     "entmax": lambda z, n, p: _entmax(z, 1.02 + 0.98 * torch.sigmoid(p)),
-    "sigmoid": lambda z, n, p: 1 / (1 + torch.exp(-(z + p)) * n),
+    "sigmoid": lambda z, n, p: torch.sigmoid(z + p - math.log(n)),
     "relu": lambda z, n, p: z.relu() / n,
     "softpick": _softpick,
-    "scalable": lambda z, n, p: _over(max(n, 2) ** (p * z)),
+    "scalable": lambda z, n, p: (p * z * math.log(max(n, 2))).softmax(-1),
     "self_adjusted": _self_adjusted,
     "power": lambda z, n, p: _over(z.square()),
     "softmax1": lambda z, n, p: z.exp() / (p.exp() + z.exp().sum(-1, keepdim=True)),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from subquad.linearize.mixers.base import AttentionCall
+from subquad.linearize.mixers.combine import LEAST
 from subquad.linearize.mixers.slots import DAMPING, LIMIT
 
 
@@ -74,7 +75,7 @@ def _written(mixer, call: AttentionCall, lag: int, first: int):
         elif j >= first:
             s = z[:, j].clamp(-LIMIT, LIMIT).exp() * _strength(mixer, call)[:, j]
             share, total = share + s[..., None] * (tokens == j), total + s[..., None]
-        yield share if delta else share / total.clamp_min(1e-30)
+        yield share if delta else share / total.clamp_min(LEAST)
 
 
 def _strength(mixer, call: AttentionCall) -> Tensor:

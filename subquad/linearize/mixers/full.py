@@ -53,7 +53,7 @@ def everything(call: AttentionCall, extra_BTGE: Tensor | None = None, window: in
 class Full(Mixer):
     """weights(s) v over all tokens so far, s_tj = scale q_t.k_j, with weights a row of score_weights.py.
 
-    forget: c_t - c_j is added to s, c the running sum of log sigmoid(W x + b) (FoX); keys that fade below e^-10 of a row are not looked at.
+    forget: c_t - c_j is added to s, c the running sum of log sigmoid(W x + b) (FoX); under a softmax keys that fade below e^-10 of a row are not looked at.
     gated: the output times sigmoid(W x + b).
     blocks: only the own block of 64 tokens and the `top` blocks with the largest q.mean(k) are looked at (MoBA).
     near: only the last `window` tokens are kept and looked at, and slope_h (t - j) is added to s, slopes 2^(-8 h / H) of both signs (SWAT).
@@ -103,7 +103,8 @@ class Full(Mixer):
     def attend(self, call: AttentionCall, all_: Everything, rows: slice, log: Tensor | None) -> Tensor:
         """Some queries against what they can see."""
         q, position, before = call.q_BTGRK[:, rows], all_.position_BT[:, rows], all_.k.shape[1] - call.k_BTGK.shape[1]
-        first = 0 if log is None else self.faded(call, all_, q, log[:, rows])
+        prunes = log is not None and self.row.fades and not self.blocks  # others count the keys, or take the means of whole blocks
+        first = self.faded(call, all_, q, log[:, rows]) if prunes else 0
         first = max(before + rows.start - self.window + 1, 0) if self.near else first
         cut = slice(first, before + rows.stop)
         k, v, place, visible = all_.k[:, cut], all_.v[:, cut], all_.position_BX[:, cut], all_.visible_BX[:, cut]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad.kernels.ops import additive, additive_step, delta, delta_step
 from subquad.linearize.mixers.base import AttentionCall
-from subquad.linearize.mixers.combine import TINY
+from subquad.linearize.mixers.combine import LEAST, TINY
 from subquad.linearize.mixers.delta_levels import read_all_delta
 from subquad.linearize.mixers.key_weights import NOTHING, running
 from subquad.linearize.mixers.level_blocks import read_block, together
@@ -229,13 +229,13 @@ def read_gated_slots(cell, call: AttentionCall, stream: Stream, now: Parts, part
 def read_softmax_slots(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
     write, total = softmax_slots(stream.kept["slot"], stream.on_BT, parts["total"])
     parts["total"] = total[:, -1]
-    return _read_slots(cell, call, stream, parts, write, None, total.clamp_min(TINY).unsqueeze(3))
+    return _read_slots(cell, call, stream, parts, write, None, total.clamp_min(LEAST).unsqueeze(3))
 
 
 def read_written_slots(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:
     write, log = slot_writes(stream.kept["slot"], stream.on_BT) * stream.kept.get("strength", 1.0), _slot_fade(cell, call, stream)
     total, parts["total"] = slot_totals(write, log, parts["total"])
-    return _read_slots(cell, call, stream, parts, write, log, total.clamp_min(TINY).unsqueeze(3))
+    return _read_slots(cell, call, stream, parts, write, log, total.clamp_min(LEAST).unsqueeze(3))
 
 
 def read_delta_slots(cell, call: AttentionCall, stream: Stream, now: Parts, parts: Parts) -> Read:

@@ -36,6 +36,7 @@ class WeightRow:
     start: float | None = None  # of the number per query head; None: there is none
     exact: float | None = None  # that number's value with which the mixer is the teacher
     always: bool = False  # it is the teacher
+    fades: bool = False  # keys whose scores are far below a row's largest can be left out
 
 
 def softmax(s: Tensor, seen: Seen) -> Tensor:
@@ -127,7 +128,7 @@ def clipped(s: Tensor, seen: Seen) -> Tensor:
 
 
 WEIGHTS = {
-    "softmax": WeightRow(softmax, "softmax in blocks of queries", "SEEDS J01", always=True),
+    "softmax": WeightRow(softmax, "softmax in blocks of queries", "SEEDS J01", always=True, fades=True),
     "entmax15": WeightRow(entmax15, "1.5-entmax", "SEEDS D01"),
     "entmax": WeightRow(entmax, "alpha-entmax, alpha learned per head", "SEEDS D02", start=-3.0),
     "sparsemax": WeightRow(sparsemax, "sparsemax", "SEEDS D03"),
@@ -137,6 +138,6 @@ WEIGHTS = {
     "scalable": WeightRow(scalable, "softmax(p ln n s)", "SEEDS E05", start=1 / math.log(REFERENCE)),
     "self_adjusted": WeightRow(self_adjusted, "softmax(s) times s, shifted and scaled to 0..1", "SEEDS E06"),
     "power": WeightRow(power, "s^2 / sum s^2", "SEEDS E08"),
-    "softmax1": WeightRow(softmax1, "e^s / (e^p + sum e^s)", "SEEDS E14", start=-10.0, exact=-40.0),
+    "softmax1": WeightRow(softmax1, "e^s / (e^p + sum e^s)", "SEEDS E14", start=-10.0, exact=-40.0, fades=True),
     "clipped": WeightRow(clipped, "clip((1 + p/n) softmax(s) - p/n, 0, 1)", "SEEDS E15", start=0.0, exact=0.0),
 }
