@@ -147,6 +147,8 @@ PROBLEMS = {
         dict(mixer="gated_delta", options={"container": "partitions"}),
         ["write delta corrects what it wrote by key: container partitions"],
     ),
+    "blocks of other weights": (dict(mixer="moba", options={"weights": "sigmoid"}), ["it goes with weights softmax and near false, not sigmoid, False"]),
+    "blocks in a window": (dict(mixer="swat", options={"weights": "softmax", "blocks": True}), ["not softmax, True"]),
     "phases with decays by channel": (dict(mixer="mamba", options={"position": "phase"}), ["write selective goes with normaliser none"]),
     "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert in 'llama': kept exact."]),
     "several": (

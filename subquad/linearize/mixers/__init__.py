@@ -6,7 +6,7 @@ from subquad.errors import UserError
 from subquad.linearize.mixers.base import HeadShape, Mixer
 from subquad.linearize.mixers.knobs import DEFAULTS, KNOB_CHOICES, clashes, clashes_both_ways
 from subquad.linearize.mixers.presets import MIXERS, Preset
-from subquad.linearize.mixers.score_weights import WEIGHTS
+from subquad.linearize.mixers.score_weights import WEIGHTS, weight_clashes
 from subquad.registry import check_name, lookup, nearest
 
 __all__ = ["CHOICES", "CLASSES", "MIXERS", "Preset", "build", "causal", "mixer_class", "pieces"]
@@ -64,6 +64,8 @@ def pieces(name: str, options: dict[str, Any] | None = None, both_ways: bool = F
     if not problems and preset.uses == "cell":
         problems += clashes(name, {**DEFAULTS, **merged})
         problems += clashes_both_ways(name, {**DEFAULTS, **merged}) if both_ways and not problems else []
+    if not problems and preset.uses == "full":
+        problems += weight_clashes(name, merged)
     if problems:
         raise UserError(*problems)
     return merged

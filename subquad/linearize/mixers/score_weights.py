@@ -9,6 +9,7 @@ Key: B batch, T queries, X keys, G key/value heads, R query heads per key/value 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,3 +142,11 @@ WEIGHTS = {
     "softmax1": WeightRow(softmax1, "e^s / (e^p + sum e^s)", "SEEDS E14", start=-10.0, exact=-40.0, fades=True),
     "clipped": WeightRow(clipped, "clip((1 + p/n) softmax(s) - p/n, 0, 1)", "SEEDS E15", start=0.0, exact=0.0),
 }
+
+
+def weight_clashes(name: str, p: dict[str, Any]) -> list[str]:
+    """Sentences about pieces of preset `name` (class full) that do not go together."""
+    weights, near = p.get("weights", "softmax"), p.get("near", False)
+    if not p.get("blocks") or (weights == "softmax" and not near):
+        return []
+    return [f"mixer {name!r}: options.blocks chooses blocks of all tokens for a softmax: it goes with weights softmax and near false, not {weights}, {near}."]
