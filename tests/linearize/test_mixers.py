@@ -18,6 +18,7 @@ from subquad.linearize.mixers.base import AttentionCall, HeadShape
 from subquad.linearize.mixers.definition import definition
 from subquad.linearize.mixers.gates import InputGate
 from subquad.linearize.mixers.key_weights import NOTHING
+from subquad.linearize.mixers.knobs import DEFAULTS, rows_of
 from subquad.linearize.mixers.memory import open_parts
 from subquad.linearize.state import MixerState
 
@@ -72,6 +73,13 @@ SLOTTED = {
 }  # fmt: skip
 CASES |= {f"slots {what}": (name, {**options, "container": "slots"}) for what, (name, options) in SLOTTED.items()}
 every = pytest.mark.parametrize("case", CASES)
+
+
+def tempered(name: str, options: dict) -> bool:
+    """A cell whose map takes q.k times the teacher's scale."""
+    preset = MIXERS[name]
+    return preset.uses == "cell" and rows_of({**DEFAULTS, **preset.pieces, **options}).feature_map.tempered
+
 
 # The direction of encoders; test_encoders.py has the formulas of some of them.
 BOTH_WAYS = {
@@ -159,6 +167,14 @@ def test_softcap_and_learned_sinks(case):
         changed = replace(call, **more)
         assert_near(mixer(changed), definition(mixer, changed), MIXER, str(list(more)))
         assert error(mixer(changed), plain) > 100 * MIXER, f"{list(more)} had no effect"
+
+
+@pytest.mark.parametrize("case", [case for case, (name, options) in CASES.items() if tempered(name, options)])
+def test_maps_see_the_teachers_scale(case):
+    """Scores of half the usual scale are those of queries of half the size: to the features as to the window (Granite, Gemma)."""
+    mixer, call = mixer_of(case), call_of(40)
+    smaller = {name: getattr(call, name) / 2 for name in ("q_BTGRK", "plain_q_BTGRK")}
+    assert_near(mixer(replace(call, scale=call.scale / 2)), mixer(replace(call, **smaller)), MIXER)
 
 
 def gradients(mixer, call: AttentionCall, form, weight) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
