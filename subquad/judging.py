@@ -66,7 +66,7 @@ def judge_folder(
     is_student = Path(name).is_dir() and hub.is_student(name)
     student, tokenizer = open_student(Path(name)) if is_student or not tasks else load_teacher(name)
     tokens = Tokens.from_documents(documents, tokenizer)
-    tasks = check_tasks(tasks or None, tokens)
+    tasks = check_tasks(tasks or None, tokens, tokenizer)
     models = {"student" if is_student else "model": student}
     if is_student and who != ["student"]:
         exact = original_teacher(student, teacher)

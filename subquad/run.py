@@ -48,7 +48,7 @@ def run(recipe: Recipe | str, out: str | Path, *, overwrite: bool = False, smoke
     with folder:
         log = JsonLog(folder / "log.jsonl")
         text = Text(Tokens.from_documents(train, teacher.tokenizer), Tokens.from_documents(held_out, teacher.tokenizer), tuple(overlap))
-        check_tasks(recipe.evals.root, text.held_out)
+        check_tasks(recipe.evals.root, text.held_out, teacher.tokenizer)
         what = make_plan(recipe, teacher, text.train, folder, log, report)
         what.render(report.console)
         student = make_student(recipe, teacher, what, text, folder, log, report)

@@ -57,7 +57,7 @@ def evaluate(
     if teacher is not None:
         teacher = teacher.to(student.device)
         models = {"teacher": teacher, "window": untrained_window(teacher, student), **models}
-    return measure(models, tokens, check_tasks(tasks, tokens), tokenizer, report, answers)
+    return measure(models, tokens, check_tasks(tasks, tokens, tokenizer), tokenizer, report, answers)
 
 
 def measure(
@@ -82,10 +82,11 @@ def measure(
     return run_tasks(loaded(**models), tokens.long(), with_state(tasks, tokenizer, answers), report.line, remember)
 
 
-def check_tasks(tasks: dict[str, dict[str, Any]] | None, tokens: Tokens) -> dict[str, dict[str, Any]]:
-    """`tasks` (TASKS for None), if they can be run on so much text; every problem in one UserError. No model is needed."""
+def check_tasks(tasks: dict[str, dict[str, Any]] | None, tokens: Tokens, tokenizer: Any = None) -> dict[str, dict[str, Any]]:
+    """`tasks` (DEFAULT_TASKS for None), if they can be run on so much text; every problem in one UserError. No model is needed; without a
+    tokenizer the lengths of generated texts are not looked at."""
     tasks = validate(EvalTasks, DEFAULT_TASKS if tasks is None else tasks).root
-    raise_all(problems(tokens.long(), with_state(tasks)))
+    raise_all(problems(tokens.long(), with_state(tasks, tokenizer)))
     return tasks
 
 

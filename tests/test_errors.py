@@ -119,6 +119,7 @@ MISTAKES = {
     "unknown mixer": (lambda p: p.recipe(plan={"mixer": "windwo"}), ["'windwo'", "Did you mean 'window'"]),
     "unknown mixer in plan": (lambda p: ["plan", p.teacher, "--mixer", "glaa"], ["'glaa'", "Did you mean 'gla'"]),
     "unknown eval": (lambda p: p.recipe(evals={"perplexiti": {}}), ["'perplexiti'", "Did you mean 'perplexity'"]),
+    "texts that do not fit": (lambda p: p.recipe(evals={"passkey": {"lengths": [128]}}), ["passkey.lengths", "128 are too few"]),
     "impossible budget": (lambda p: p.recipe(budget={"kv_bytes": 0.001, "at": 64}), ["budget", "at least 0."]),
     "budget no list keeps": (
         lambda p: p.recipe(select={"method": "list", "heads": [0, 1]}, budget={"kv_bytes": 0.1, "at": 1024}),

@@ -18,7 +18,8 @@ phonebook, copying, selective_copying, induction, listops, variable_tracking
 lm_eval                 whatever lm-evaluation-harness reports               task, metric, items
 
 Every task is `task(models, tokens, *, settings) -> list[Row]`. A parameter with a default is a setting that a recipe may give; a parameter
-without one is handed over from Python. With no models a task checks its settings and the length of the text and returns no rows.
+without one is handed over from Python. With no models a task checks its settings, the length of the text and (with a tokenizer) what it makes of
+them, and returns no rows.
 """
 
 import inspect

@@ -147,6 +147,15 @@ def test_refused(settings, said):
         tasks.passkey(loaded(m=helpers.tiny_model()), TOKENS, tokenizer=helpers.tiny_tokenizer(), answers=Answers(), **settings)
 
 
+@pytest.mark.parametrize("name", [name for name, row in TASKS.items() if ".recall." in row])
+def test_lengths_are_checked_without_models(name):
+    task, handed = lookup("eval task", name, TASKS), {"tokenizer": helpers.tiny_tokenizer(), "answers": Answers()}
+    with pytest.raises(UserError) as error:
+        task({}, TOKENS, **handed, lengths=[16, 17, 512])
+    assert [re.search(r"(\d+) are too few", problem).group(1) for problem in error.value.problems] == ["16", "17"]
+    assert task({}, TOKENS, **handed, lengths=[512]) == []
+
+
 def test_settings_are_the_shared_ones_and_the_makers_own():
     shared = {"lengths", "samples", "seed"}
     assert set(task_settings("mqar")) == {*shared, "depths", "queries"}

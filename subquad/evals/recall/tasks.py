@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from subquad.errors import UserError
+from subquad.errors import UserError, raise_all
 from subquad.evals.answers import Answers
 from subquad.evals.models import Models
 from subquad.evals.paired import mean, paired_rows
@@ -73,10 +73,12 @@ def ask(
     depths = [depths] if isinstance(depths, int | float) else list(depths)
     if not depths or not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in depths):
         raise UserError(f"{name}.depths: expected numbers from 0 (start) to 1 (end), got {depths!r}.")
+    drawn = {size: [(f"{name} {size} {depth} {i} {seed}", depth) for depth in depths for i in range(samples)] for size in sizes}
+    if tokenizer is not None:
+        raise_all([problem for size in sizes for problem in _too_short(maker, tokenizer, name, size, drawn[size])])
     if not models:
         return []
-    made = {size: [_fitted(maker, tokenizer, name, size, depth, f"{name} {size} {depth} {i} {seed}") for depth in depths for i in range(samples)]
-            for size in sizes}  # fmt: skip
+    made = {size: [_fitted(maker, tokenizer, size, *one) for one in drawn[size]] for size in sizes}
     requests = {size: [_request(tokenizer, item) for item in found] for size, found in made.items()}
     every = [request for found in requests.values() for request in found]
     scored = score_all(models, every, answers)
@@ -97,20 +99,24 @@ def ask(
     return rows
 
 
-def _fitted(maker: Maker, tokenizer: Any, name: str, length: int, depth: float, seed: str) -> Item:
+def _too_short(maker: Maker, tokenizer: Any, name: str, length: int, drawn: Sequence[tuple[str, float]]) -> list[str]:
+    """What is wrong when one of the texts to be drawn, (seed, depth), has no form of at most `length` tokens."""
+    least = max(len(tokenizer.encode(maker(Random(seed), 1, depth).text)) for seed, depth in drawn)
+    return [f"{name}.lengths: the shortest text has {least} tokens, {length} are too few. Give at least {least}."] if least > length else []
+
+
+def _fitted(maker: Maker, tokenizer: Any, length: int, seed: str, depth: float) -> Item:
     """The largest item of at most `length` tokens. The same seed for every size, so that a search by halving works."""
 
-    def size(units: int) -> int:
-        return len(tokenizer.encode(maker(Random(seed), units, depth).text))
+    def fits(units: int) -> bool:
+        return len(tokenizer.encode(maker(Random(seed), units, depth).text)) <= length
 
     low, high = 1, 2
-    if size(low) > length:
-        raise UserError(f"{name}.lengths: the shortest text has {size(low)} tokens, {length} are too few. Give at least {size(low)}.")
-    while size(high) <= length:
+    while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) <= length else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return maker(Random(seed), low, depth)
 
 
