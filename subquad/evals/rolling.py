@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from subquad.errors import raise_all
 from subquad.evals.answers import Answers
 from subquad.evals.local import find, read_text, stem
 from subquad.evals.models import Models
@@ -28,12 +29,13 @@ def rolling(
     """Metrics word_perplexity and bits_per_byte of text files, each one document (its first `characters`, None: all).
 
     exp(-ln p / words), words being what whitespace separates, and -log2 p / bytes. Every token counts once: the first window of `context` tokens
-    starts with the prefix token, each later one predicts up to `context` new tokens given at least the one before.
+    starts with the prefix token, each later one predicts up to `context` new tokens given at least the one before. UserError for a file without text.
     """
     whole("rolling.context", context, least=2)
     if characters is not None:
         whole("rolling.characters", characters, least=1)
     documents = {path: read_text(path)[:characters] for path in find("rolling", files)}
+    raise_all([f"{path} holds no text." for path, text in documents.items() if not text.strip()])
     if not models:
         return []
     rows = []

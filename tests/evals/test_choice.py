@@ -206,6 +206,14 @@ def test_rolling_perplexity(tokenizer, tmp_path):
     assert rows[0]["value"] == pytest.approx(np.exp(total / len(text.split())), rel=1e-5)
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_rolling_text_without_text(tmp_path, text):
+    """Said without a model: nothing can be divided by no words."""
+    (path := tmp_path / "none.txt").write_text(text)
+    with pytest.raises(UserError, match=r"none\.txt holds no text"):
+        rolling({}, TOKENS, tokenizer=None, answers=Answers(), files=[str(path)])
+
+
 def test_small_parts():
     assert cut("a. b\n\nc", ["\n\n", "b"]) == "a. " and cut("abc", []) == "abc"
     assert (
