@@ -71,6 +71,17 @@ class SelectSection(Section):
             raise ValueError("heads: needed by method list, and only there")
         return self
 
+    @model_validator(mode="after")
+    def _gates_are_a_stage(self):
+        if self.method == "gates":
+            self.stage()
+        return self
+
+    def stage(self) -> Stage:
+        """The training of the gates as a stage, so that it has the loop's checkpoints, resume and log. UserError as for any other stage."""
+        own = {key: getattr(self, key) for key in ("tokens", "context", "batch", "lr", "repeat", "mixed_precision")}
+        return validate(Stage, {"name": "select", "train": "mixers", "inputs": "own", "losses": {"kl": 1.0}, **own})
+
 
 class BudgetSection(Section):
     """How much of the teacher's KV bytes the student may keep: the share `kv_bytes` of them at `at` tokens."""

@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 from subquad.distill.data import Batches, Tokens
 from subquad.distill.log import JsonLog
 from subquad.distill.objectives import Objective, logits_objective, same_weights
-from subquad.distill.stage import Stage
 from subquad.healing import follow_stage
 from subquad.linearize import Plan, linearize, plan, restore, select
 from subquad.linearize.modes import as_teacher, gated
 from subquad.progress import Reporter
-from subquad.recipe import BudgetSection, Recipe, SelectSection
+from subquad.recipe import BudgetSection, Recipe
 
 Scores = dict[int, list[float]]  # layer -> a score per KV head; larger means: needs exact attention more
 
@@ -59,7 +58,7 @@ def train_gates(model: PreTrainedModel, recipe: Recipe, tokens: Tokens, *, folde
     `model` is the teacher; it is its own student while this runs, and is left as it was. Nothing but the gates is trained.
     """
     chosen = recipe.select
-    stage = gates_stage(chosen)
+    stage = chosen.stage()
     everything = plan(model, mixer="window", window=recipe.plan.window, sinks=recipe.plan.sinks, layers=recipe.plan.layers)
     linearize(model, everything)
     with owned_gates(model, everything) as gates:
@@ -87,22 +86,6 @@ def owned_gates(model: PreTrainedModel, everything: Plan) -> Iterator[dict[int, 
         yield gates
     finally:
         del model.subquad_gates
-
-
-def gates_stage(chosen: SelectSection) -> Stage:
-    """The selection as a training stage, so that it has the loop's checkpoints, resume and log."""
-    return Stage(
-        name="select",
-        train="mixers",
-        inputs="own",
-        losses={"kl": 1.0},
-        tokens=chosen.tokens,
-        context=chosen.context,
-        batch=chosen.batch,
-        lr=chosen.lr,
-        repeat=chosen.repeat,
-        mixed_precision=chosen.mixed_precision,
-    )
 
 
 def gates_objective(model: PreTrainedModel, gates: dict[int, Parameter], price: float) -> Objective:

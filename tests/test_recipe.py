@@ -114,6 +114,8 @@ def test_every_problem_with_its_path_at_once(tmp_path):
         ({"teacher": None}, "teacher"),
         ({"select": {"method": "gates"}}, "needs a budget"),
         ({"select": {"method": "list"}}, "heads"),
+        ({"select": {"method": "gates", "tokens": 512}, "budget": {}}, "select: tokens: 512 is less than one step"),
+        ({"select": {"method": "gates", "context": 33}, "budget": {}}, "select: repeat puts a passage of half the context twice"),
         ({"select": {"method": "uniform"}, "budget": {}, "plan": {"exact": [0]}}, "one of them"),
         ({"stages": [STAGE, STAGE]}, "two stages are called 'heal'"),
         ({"budget": {"kv_bytes": 20}}, "budget.kv_bytes"),
