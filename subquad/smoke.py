@@ -1,6 +1,7 @@
 """`--smoke`: the whole recipe on a shrunken copy of the user's own model, in under a minute. Every step really runs."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,7 +17,7 @@ CAPS = {
     "context": 128,
     "length": 64,
     "contexts": 256,
-    "lengths": 64,
+    "lengths": 512,  # the shortest text of every recall task fits, even at a token a byte
     "new_tokens": 8,
     "windows": 2,
     "samples": 1,
@@ -45,15 +46,22 @@ def shrink_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def shrink_recipe(recipe: Recipe) -> Recipe:
-    """`recipe` with every length and count capped, and without the layers that the shrunken model lacks."""
+    """`recipe` with every length and count capped, and without the layers that the shrunken model lacks.
+
+    Where that leaves nothing to convert, every layer of the shrunken model is converted. A budget that only checks a hand-made choice is left out:
+    its share is one of all layers.
+    """
     data = recipe.to_dict()
     data["name"] += "-smoke"
     for part in ("select", "stages", "evals", "sample"):
         data[part] = _capped(data[part])
-    data["plan"]["exact"] = _within(data["plan"]["exact"])
-    data["plan"]["layers"] = _within(data["plan"]["layers"])
+    data["plan"]["layers"] = _within(data["plan"]["layers"]) or None
+    layers = data["plan"]["layers"] or range(LAYERS)
+    data["plan"]["exact"] = _sparing(layers, _within(data["plan"]["exact"]))
     if data["select"]:
-        data["select"]["heads"] = _within(data["select"]["heads"])
+        data["select"]["heads"] = _sparing(layers, _within(data["select"]["heads"]))
+    if not recipe.select or recipe.select.method == "list":
+        data["budget"] = None
     return validate(Recipe, data)
 
 
@@ -73,6 +81,11 @@ def _capped(node: Any, cap: int | None = None) -> Any:
     if isinstance(node, list):
         return list({repr(item): item for item in (_capped(item, cap) for item in node)}.values())  # capped values are equal: keep one
     return min(node, cap) if cap is not None and isinstance(node, int) and not isinstance(node, bool) else node
+
+
+def _sparing(layers: Sequence[int], exact: Any) -> Any:
+    """`exact`, or nothing of it where it keeps all of `layers` whole."""
+    return [] if isinstance(exact, list) and all(layer in exact for layer in layers) else exact
 
 
 def _within(heads: Any) -> Any:

@@ -15,15 +15,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import subquad
+from subquad.distill.data import Tokens
 from subquad.distill.log import timeless
 from subquad.errors import UserError
+from subquad.evals import TASKS
 from subquad.folder import RunFolder, write_text
+from subquad.inputs import Teacher, read_documents
 from subquad.recipe import load_recipe, rewritten
 from subquad.run import run
-from subquad.smoke import shrink_config, shrink_model
+from subquad.selection import choose_heads
+from subquad.smoke import shrink_config, shrink_model, shrink_recipe
+from subquad.verbs import check_tasks
 
 TRANSFER = {"name": "transfer", "train": "mixers", "inputs": "teacher", "losses": {"attention_output": 1.0}, "tokens": 256, "context": 32}
 TRANSFER["lr"] = 1e-2
+RECALL = [name for name, row in TASKS.items() if ".recall." in row]
 LORA = {"name": "lora", "train": "lora", "inputs": "own", "losses": {"kl": 1.0}, "tokens": 256, "context": 32, "lr": 1e-3}
 HEAL = {
     "name": "heal",
@@ -209,6 +215,29 @@ def test_shrunken_model_is_the_first_layers(tiny_llama):
     config = tiny_llama.config
     config.layer_types = ["full_attention"] * 3
     assert shrink_config(config).layer_types == ["full_attention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("sets", "converted"),
+    [
+        (["plan.layers=[2]", "select=null", "budget=null"], [0, 1]),
+        (["plan.layers=[1, 2]", "select=null", "budget=null"], [1]),
+        (["plan.exact=[0, 1]", "select=null", "budget=null"], [0, 1]),
+        (["plan.layers=[0, 2]", "plan.exact=[0, {1: [0]}]", "select=null", "budget=null"], [0]),
+        (["select={method: list, heads: [1]}", "budget={kv_bytes: 0.4, at: 1024}"], [0]),
+        ([f"evals.{name}={{lengths: [512, 4096], samples: 1}}" for name in RECALL], None),
+    ],
+    ids=["layers all gone", "layers partly gone", "all exact", "all that is left exact", "budget of all layers", "recall lengths"],
+)
+def test_smoke_takes_what_a_run_takes(recipe_file, teacher_folder, text_file, sets, converted):
+    """Layers and lengths that are good in the whole model are good in its first two layers."""
+    recipe = load_recipe(recipe_file, sets)
+    for smoke in (False, True):
+        recipe, teacher = shrink_recipe(recipe) if smoke else recipe, Teacher(recipe, smoke)
+        plan = choose_heads(recipe, teacher.config, scores=None)
+        text = Tokens.from_documents(read_documents(recipe.data, smoke)[1], teacher.tokenizer)
+        check_tasks(recipe.evals.root, text, teacher.tokenizer)
+    assert converted is None or [layer.index for layer in plan.converted] == converted
 
 
 @pytest.mark.real_model
