@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator, model_validator
 
-from subquad.distill.stage import Count, Number, Positive, Share, Stage, parse_count
+from subquad.distill.stage import Count, Number, Positive, Share, Stage, Whole
 from subquad.errors import UserError, raise_all
 from subquad.evals import task_settings
 from subquad.linearize.mixers import MIXERS, pieces
 from subquad.registry import check_name, nearest, unknown_settings
 from subquad.settings import apply_sets, expand, merge, read_yaml, validate
 
-Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]  # layer and head numbers, seeds: 0 is allowed
 Heads = list[Whole | dict[Whole, list[Whole]]] | dict[Whole, list[Whole]]  # whole layers, {layer: [kv heads]}, or a list of both
 Source = str | list[str]
 

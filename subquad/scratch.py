@@ -8,22 +8,23 @@ Key: B batch, T tokens, V letters.
 import inspect
 import math
 import time
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from subquad.distill.stage import Count, Positive, Share, Whole
 from subquad.errors import UserError, raise_all
 from subquad.evals.paired import mean, stderr
 from subquad.evals.rows import Row, arrange, row
 from subquad.evals.synthetic import NO_LABEL, TOKEN_TASKS, Batch, token_task
 from subquad.linearize import linearize, plan
-from subquad.linearize.mixers import MIXERS
+from subquad.linearize.mixers import MIXERS, pieces
 from subquad.progress import Reporter
-from subquad.registry import check_name, lookup, unknown_settings
-from subquad.settings import apply_sets
+from subquad.registry import check_name, lookup
+from subquad.settings import apply_sets, validate
 
 SOFTMAX = "softmax"  # the name of the model that is left as it is
 VOCABULARY = 256  # ids a token task may use
@@ -37,25 +38,36 @@ BLANKS_FROM = 2  # the largest divisor that has its blanks
 SOLVED = 0.95  # training accuracy at which the next rung begins
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(BaseModel):
     """How a model is trained: AdamW without weight decay, warm-up over a tenth of the steps, then a cosine to a tenth of lr.
 
     The task starts easy (LADDER) and gets harder when a rung is solved or its share of the steps is used up: without that, attention stays for
     thousands of steps at "any of the values seen" before it finds the right one.
     """
 
-    steps: int = 2400
-    batch: int = 64
-    lr: float = 3e-3
-    hidden: int = 64
-    layers: int = 2
-    heads: int = 4
-    window: int = 8  # tokens
-    sinks: int = 1  # tokens
-    seed: int = 0
-    test_batches: int = 8
-    enough: float = 0.999  # stop when a batch of training is right to this share
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: Count = 2400
+    batch: Count = 64
+    lr: Positive = 3e-3
+    hidden: Count = 64
+    layers: Count = 2
+    heads: Count = 4
+    window: Count = 8  # tokens
+    sinks: Whole = 1  # tokens
+    seed: Whole = 0
+    test_batches: Count = 8
+    enough: Share = 0.999  # stop when a batch of training is right to this share
+
+
+class Asked(BaseModel):
+    """What --set may say: settings of the task, of training, and of every mixer that takes options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: dict[str, Any] = {}
+    train: Budget = Budget()
+    options: dict[str, Any] = {}
 
 
 def train_mixer(
@@ -90,31 +102,29 @@ def train_mixer(
 
 def train_mixers(names: list[str], task: str, sets: list[str], report: Reporter) -> list[Row]:
     """Rows of several mixers, the first the reference. sets: task.KEY, train.KEY (Budget) and options.KEY (of every mixer but softmax)."""
-    given = apply_sets({}, sets)
-    known = [field.name for field in fields(Budget)]
-    train = given.get("train") or {}
-    problems = [f"{key}: expected task.KEY, train.KEY or options.KEY." for key in given if key not in ("task", "train", "options")]
-    problems += unknown_settings(train, known, "train.")
-    for key, value in train.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            problems.append(f"train.{key}: expected a number, got {value!r}.")
+    asked, problems = Asked(), [] if names else ["Give at least one mixer."]
+    try:
+        asked = validate(Asked, apply_sets({}, sets))
+    except UserError as error:
+        problems += error.problems
+    options = {name: asked.options if name not in (SOFTMAX, "window") else {} for name in names}
     for name in names:
         try:
             check_name("mixer", name, [SOFTMAX, *MIXERS])
+            pieces(name, options[name]) if name != SOFTMAX else None
         except UserError as error:
             problems += error.problems
-    raise_all(problems or ([] if names else ["Give at least one mixer."]))
-    budget, rows = Budget(**train), []
+    raise_all(problems)
+    rows = []
     for name in names:
-        options = given.get("options") if name not in (SOFTMAX, "window") else None
-        rows += train_mixer(name, task, settings=given.get("task"), options=options, budget=budget, report=report)
+        rows += train_mixer(name, task, settings=asked.task, options=options[name], budget=asked.train, report=report)
     return arrange(rows, names)
 
 
 def build(name: str, options: dict[str, Any] | None, budget: Budget, length: int) -> tuple[PreTrainedModel, int]:
     """(a fresh model, bytes its converted layers keep of `length` tokens of one sequence; for softmax, its keys and values)."""
-    if budget.hidden % budget.heads:
-        raise UserError(f"hidden {budget.hidden} cannot be split into {budget.heads} heads.")
+    if budget.hidden % (2 * budget.heads):
+        raise UserError(f"hidden {budget.hidden} cannot be split into {budget.heads} heads of an even size, which rotary positions need.")
     torch.manual_seed(budget.seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=budget.hidden, intermediate_size=2 * budget.hidden, num_hidden_layers=budget.layers,

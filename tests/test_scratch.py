@@ -38,8 +38,43 @@ def test_ladder_ends_at_the_task_asked_for():
 def test_mistakes_are_named_at_once():
     with pytest.raises(UserError) as error:
         train_mixers(["gated_delt"], "mqar", ["train.step=3", "tsk.pairs=1"], Reporter())
-    assert all(word in str(error.value) for word in ("Did you mean 'gated_delta'", "Did you mean 'steps'", "tsk: expected"))
+    assert all(word in str(error.value) for word in ("Did you mean 'gated_delta'", "Did you mean 'steps'", "tsk: no such key"))
     with pytest.raises(UserError, match="Unknown token task"):
         train_mixer("window", "mqra")
-    with pytest.raises(UserError, match="cannot be split"):
-        scratch.build("window", None, Budget(hidden=65), 10)
+    for sizes in ({"hidden": 65}, {"hidden": 7, "heads": 1}):
+        with pytest.raises(UserError, match="cannot be split"):
+            scratch.build("window", None, Budget(**sizes), 10)
+
+
+BAD = {  # --set -> what the message must hold
+    "train.steps=1.5": "train.steps: Input should be a valid integer",
+    "train.window=1.5": "train.window: Input should be a valid integer",
+    "train.steps=-1": "train.steps: Input should be greater than or equal to 1. Got -1",
+    "train.heads=0": "train.heads: Input should be greater than or equal to 1",
+    "train.layers=0": "train.layers: Input should be greater than or equal to 1",
+    "train.test_batches=0": "train.test_batches: Input should be greater than or equal to 1",
+    "train.sinks=-1": "train.sinks: Input should be greater than or equal to 0",
+    "train.lr=0": "train.lr: Input should be greater than 0",
+    "train.enough=2": "train.enough: Input should be less than or equal to 1",
+    "train.steps=true": "train.steps: expected a whole number",
+    "train=3": "train: Input should be a valid dictionary",
+    "task=3": "task: Input should be a valid dictionary",
+    "options=3": "options: Input should be a valid dictionary",
+    "options.decy=none": "Did you mean 'decay'",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_settings_are_checked_before_the_first_model_trains(text, monkeypatch):
+    monkeypatch.setattr(scratch, "train_mixer", lambda *args, **more: pytest.fail("a model was trained"))
+    with pytest.raises(UserError) as error:
+        train_mixers(["softmax", "gla", "window"], "mqar", [text], Reporter())
+    assert BAD[text] in str(error.value)
+
+
+def test_settings_reach_the_training(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(scratch, "train_mixer", lambda name, task, **more: asked.update({name: more}) or [])
+    train_mixers(["softmax", "gla"], "mqar", ["train.steps=2k", "train.sinks=0", "task.pairs=4", "options.decay=none"], Reporter())
+    assert asked["gla"]["budget"] == Budget(steps=2000, sinks=0) and asked["gla"]["settings"] == {"pairs": 4}
+    assert asked["gla"]["options"] == {"decay": "none"} and not asked["softmax"]["options"]

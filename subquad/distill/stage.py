@@ -35,6 +35,7 @@ def _no_bool(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]  # layer and head numbers, seeds: 0 is allowed
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
