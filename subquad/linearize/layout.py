@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.errors import UserError
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -60,60 +58,3 @@ def packed(position_ids_BT: Tensor, B: int) -> Layout | None:
     index = begin[:, None] + steps
     real = index < end[:, None]
     return Layout(index.clamp_max(positions.numel() - 1), real, 0)
-
-
-class CallNote:
-    """What the model-level call knew about its tokens; one object per model, overwritten by every outermost call.
-
-    It is kept after the call because gradient checkpointing runs layers again during the backward pass.
-    """
-
-    def __init__(self):
-        self.depth = 0
-        self.mask_BS: Tensor | None = None
-        self.position_ids: Tensor | None = None
-        self._layouts: dict[tuple, Layout | None] = {}
-
-    def enter(self, mask, position_ids) -> None:
-        """Called on entering the model or one of its inner models; inner calls get masks the outer one may already have expanded."""
-        if self.depth == 0:
-            self.mask_BS = self.position_ids = None
-            self._layouts = {}
-        if isinstance(mask, Tensor) and mask.dim() != 2 and self.depth == 0:
-            raise UserError(
-                f"attention_mask has shape {tuple(mask.shape)}: converted layers take a 2-D padding mask [batch, tokens so far] (1 real, 0 padding), "
-                "or restarting position_ids for packed documents. A 4-D mask cannot be honoured by a recurrent state."
-            )
-        if isinstance(mask, Tensor) and mask.dim() == 2 and self.mask_BS is None:
-            self.mask_BS = mask
-        if isinstance(position_ids, Tensor) and position_ids.dim() == 2 and self.position_ids is None:
-            self.position_ids = position_ids
-        self.depth += 1
-
-    def leave(self) -> None:
-        self.depth = max(self.depth - 1, 0)
-
-    def layout(self, B: int, T: int, cached: bool) -> Layout | None:
-        """The layout of a layer call of B rows and T tokens, computed once per model call. None: every token real, one document a row."""
-        key = (B, T, cached)
-        if key not in self._layouts:
-            self._layouts[key] = self._layout(B, T, cached)
-        return self._layouts[key]
-
-    def _layout(self, B: int, T: int, cached: bool) -> Layout | None:
-        if self.mask_BS is not None:
-            if self.mask_BS.shape[0] != B or self.mask_BS.shape[1] < T:
-                raise UserError(
-                    f"attention_mask has shape {tuple(self.mask_BS.shape)} but the call has {B} rows of {T} new tokens; give one column per token so far."
-                )
-            return padded(self.mask_BS[:, -T:])
-        if self.position_ids is not None and self.position_ids.shape[-1] == T and not cached:
-            return packed(self.position_ids, B)
-        return None
-
-    def padding(self, B: int, T: int) -> Tensor | None:
-        """[B, T] bool of real tokens of this call, or None when all are real."""
-        if self.mask_BS is None or self.mask_BS.shape[0] != B:
-            return None
-        mask = self.mask_BS[:, -T:].bool()
-        return None if bool(mask.all()) else mask

@@ -4,7 +4,6 @@ Key: B batch, T tokens, G key/value heads, H query heads, V value size.
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -37,15 +36,8 @@ def calibrate(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None = None) -
         model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
 
 
-@contextmanager
 def gated(model: nn.Module, gates: dict[int, Tensor]):
     """Inside the block head g of layer l gives gates[l][g] x exact + (1 - gates[l][g]) x (the plan's window with sinks); gates: [G] per layer."""
-    found = seams(model)
-    for seam in found:
-        seam.probe = Window(seam.module.mixer.shape, seam.module.mixer.window, seam.module.mixer.sinks)
-    try:
-        with mode(model, "gated", gates=gates):
-            yield model
-    finally:
-        for seam in found:
-            seam.__dict__.pop("probe", None)  # an inner block of the same kind may have taken it
+    mixers = {seam.index: seam.module.mixer for seam in seams(model)}
+    windows = {index: Window(mixer.shape, mixer.window, mixer.sinks) for index, mixer in mixers.items()}
+    return mode(model, "gated", gates=gates, windows=windows)

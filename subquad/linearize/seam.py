@@ -8,11 +8,9 @@ Key: B batch, T tokens of this call, S tokens so far, H query heads, G key/value
 """
 
 import copy
-import inspect
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -21,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from subquad.errors import UserError
-from subquad.linearize.layout import CallNote
+from subquad.linearize.calls import CallNote, Mode, Root
 from subquad.linearize.mixers.base import AttentionCall
 from subquad.linearize.state import MixerState, state_of
 
@@ -42,17 +40,6 @@ HARMLESS = {
 }
 # Arguments that change the result and that a mixer cannot honour: refused by name whatever their value.
 REFUSED = {"position_bias", "alibi", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_mask", "score_mod"}
-
-
-@dataclass
-class Root:
-    """What all converted layers of one model share."""
-
-    note: CallNote = field(default_factory=CallNote)
-    mode: str = "student"  # student | teacher | transfer | gated
-    on_layer: Callable | None = None  # transfer: called with (layer index, mixed, exact, padding)
-    gates: dict[int, Tensor] | None = None  # gated: layer index -> [G]
-    calibrating: bool = False  # transfer: mixers set the start values that depend on text
 
 
 class LayerSeam:
@@ -94,7 +81,7 @@ class LayerSeam:
         )
         self.rotation = next(pairs, None)
         self.state = None
-        if cache is not None and self.root.mode == "student":
+        if cache is not None and self.root.note.mode.name == "student":
             self.state = state_of(cache, self.index, self.teacher_window)
             self.state.updated = False
 
@@ -168,15 +155,15 @@ def _check(seam: LayerSeam, kwargs: dict) -> None:
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **kwargs) -> tuple[Tensor, None]:
     """The registered attention function: q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> o [B, T, H, V]."""
     seam: LayerSeam = module.seam
-    root = seam.root
+    note = seam.root.note
     every = tuple(range(module.mixer.total_kv_heads))
-    if root.mode != "student":
+    if note.mode.name != "student":
         exact = exact_attention(seam, query, key, value, attention_mask, every, **kwargs)
-        if root.mode == "teacher":
+        if note.mode.name == "teacher":
             return exact, None
         _check(seam, kwargs)
-        mode = {"transfer": _transfer, "gated": _gated}[root.mode]
-        return mode(seam, query, key, value, exact, kwargs), None
+        mode = {"transfer": _transfer, "gated": _gated}[note.mode.name]
+        return mode(seam, note, query, key, value, exact, kwargs), None
     _check(seam, kwargs)
     state = seam.state
     if state is not None and not state.updated:
@@ -184,7 +171,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
             f"Layer {seam.index} ({type(module).__name__}) attends without adding to its own cache layer (it shares keys with another layer). Keep it exact."
         )
     q, k, v = (_heads(x, seam.soft, len(every)) for x in (query, key, value))
-    mixed = run_mixer(seam, q, k, v, state, kwargs)
+    mixed = run_mixer(seam, note, q, k, v, state, kwargs)
     if state is not None:
         state.length += query.shape[2]
     if not seam.exact:
@@ -206,6 +193,7 @@ def _heads(x: Tensor, kv_heads: tuple[int, ...], total: int) -> Tensor:
 
 def run_mixer(
     seam: LayerSeam,
+    note: CallNote,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -234,12 +222,12 @@ def run_mixer(
         scale=q.shape[-1] ** -0.5 if scale is None else scale, state=state, softcap=kwargs.get("softcap"), sink_logit_GR=s_aux, fewest=T,
     )  # fmt: skip
     call.causal = is_causal(seam.module)
-    if seam.root.calibrating:
+    if note.mode.calibrating:
         call.calibrating, call.reach, call.exact_BTGRV = True, kwargs.get("sliding_window"), exact.unflatten(2, (G, -1))
     if mixer.plain and seam.rotation is not None:
         plain_q, plain_k = unrotated(seam, q, k)
         call.plain_q_BTGRK, call.plain_k_BTGK = plain_q.transpose(1, 2).unflatten(2, (G, -1)), plain_k.transpose(1, 2)
-    layout = seam.root.note.layout(B, T, cached=state is not None)
+    layout = note.layout(B, T, cached=state is not None)
     if layout is not None:
         for name in ("q_BTGRK", "k_BTGK", "v_BTGV", "hidden_BTD", "plain_q_BTGRK", "plain_k_BTGK", "exact_BTGRV"):
             x = getattr(call, name)
@@ -273,93 +261,40 @@ def unrotated(seam: LayerSeam, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([part / stretch.to(x.dtype), x[..., size:]], -1) for part, x in zip(parts, (q, k), strict=True))
 
 
-def _transfer(seam: LayerSeam, q, k, v, exact, kwargs) -> Tensor:
+def _transfer(seam: LayerSeam, note: CallNote, q, k, v, exact, kwargs) -> Tensor:
     """Hand the mixer's and the teacher's output of the converted heads to the caller; the exact output goes on."""
     total = seam.module.mixer.total_kv_heads
     q, k, v = (_heads(x, seam.soft, total).detach() for x in (q, k, v))
     kept, seam.hidden = seam.hidden, seam.hidden.detach()
     with torch.enable_grad():
         target = exact.detach().unflatten(2, (total, -1))[:, :, list(seam.soft)].flatten(2, 3)
-        mixed = run_mixer(seam, q, k, v, None, kwargs, exact=target)
-        seam.root.on_layer(seam.index, mixed, target, seam.root.note.padding(q.shape[0], q.shape[2]))
+        mixed = run_mixer(seam, note, q, k, v, None, kwargs, exact=target)
+        note.mode.on_layer(seam.index, mixed, target, note.padding(q.shape[0], q.shape[2]))
     seam.hidden = kept
     return exact
 
 
-def _gated(seam: LayerSeam, q, k, v, exact, kwargs) -> Tensor:
+def _gated(seam: LayerSeam, note: CallNote, q, k, v, exact, kwargs) -> Tensor:
     """gate x exact + (1 - gate) x window, per key/value head: how much of each head's full attention the model needs (DESIGN section 3)."""
     total = seam.module.mixer.total_kv_heads
-    window = run_mixer(seam, q, k, v, None, kwargs, mixer=seam.probe, heads=tuple(range(total)))
-    gate = seam.root.gates[seam.index].to(exact.dtype)[None, None, :, None, None]
+    window = run_mixer(seam, note, q, k, v, None, kwargs, mixer=note.mode.windows[seam.index], heads=tuple(range(total)))
+    gate = note.mode.gates[seam.index].to(exact.dtype)[None, None, :, None, None]
     exact, window = exact.unflatten(2, (total, -1)), window.unflatten(2, (total, -1))
     return torch.lerp(window, exact, gate.expand_as(exact)).flatten(2, 3)
 
 
-class ModelHooks:
-    """Notes padding at the call of the model and of every inner model (a base model may be called on its own)."""
-
-    def __init__(self, model: nn.Module, root: Root):
-        self.root, self.handles = root, []
-        from transformers import PreTrainedModel
-
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                self.handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
-                self.handles.append(module.register_forward_hook(self.after, always_call=True))
-
-    def before(self, module, args, kwargs) -> tuple[tuple, dict]:
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        positions = kwargs.get("position_ids", args[2] if len(args) > 2 else None)
-        if self.root.note.depth == 0 and positions is None and self._counts(module) and _uneven(mask):
-            positions = kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -_tokens(args, kwargs) :]
-        self.root.note.enter(mask, positions)
-        return args, kwargs
-
-    @staticmethod
-    def _counts(module: nn.Module) -> bool:
-        """Whether real tokens may be numbered from 0 in every row without the teacher's attention changing: rotary embedding, which is relative.
-
-        A feature map of rotated keys is not relative: without this, padding on the left would change what a linear branch computes. `generate`
-        numbers them itself; a plain forward call with a padding mask does not.
-        """
-        rotary = getattr(module.config.get_text_config(), "rope_parameters", None)
-        plain = isinstance(rotary, dict) and "section" not in str(rotary)  # multimodal positions have three parts
-        return plain and "position_ids" in inspect.signature(module.forward).parameters
-
-    def after(self, module, args, output) -> None:
-        self.root.note.leave()
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _uneven(mask) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
-
-
-def _tokens(args: tuple, kwargs: dict) -> int:
-    """Tokens of a model-level call."""
-    given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
-    return next(x.shape[1] for x in given if isinstance(x, Tensor))
-
-
 @contextmanager
 def mode(model: nn.Module, name: str, **fields):
-    """Switch every converted layer of a model to another mode for the length of a with block."""
+    """Switch every converted layer of a model to another mode, for calls of the model within the length of a with block."""
     found = seams(model)
     if not found:
         raise UserError("This model has no converted layers: call subquad.linearize(model, plan) first.")
     root = found[0].root
-    before = {key: getattr(root, key) for key in ("mode", *fields)}
-    root.mode = name
-    for key, value in fields.items():
-        setattr(root, key, value)
+    before, root.mode = root.mode, Mode(name, **fields)
     try:
         yield model
     finally:
-        for key, value in before.items():
-            setattr(root, key, value)
+        root.mode = before
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)

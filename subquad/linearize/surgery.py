@@ -7,9 +7,10 @@ import torch
 import torch.nn as nn
 
 from subquad.errors import raise_all
+from subquad.linearize.calls import ModelHooks, Root
 from subquad.linearize.mixers import build
 from subquad.linearize.plan import Plan
-from subquad.linearize.seam import LayerSeam, ModelHooks, Root, seams
+from subquad.linearize.seam import LayerSeam, seams
 
 
 def attach(model: nn.Module, plan: Plan) -> None:

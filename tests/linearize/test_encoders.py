@@ -63,6 +63,15 @@ def test_family(family):
     assert torch.equal(run(subquad.restore(student), **given), run(teacher, **given))
 
 
+def test_arguments_are_read_by_name():
+    """The third one of an encoder is token types: they are no positions that start anew."""
+    teacher = encoder("bert")
+    student = randomise(subquad.linearize(teacher, subquad.plan(teacher, mixer="linear")))
+    ids, types = tokens(2, 16), torch.tensor([[0] * 9 + [1] * 7] * 2)
+    with torch.no_grad():
+        assert torch.equal(student(ids, None, types).last_hidden_state, run(student, input_ids=ids, token_type_ids=types))
+
+
 def call_of(name: str, batch: int = B) -> AttentionCall:
     g = torch.Generator().manual_seed(len(name))
     q, k, v, x = (torch.randn(batch, T, *size, generator=g) for size in ((G, R, K), (G, K), (G, K), (24,)))

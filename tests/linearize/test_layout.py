@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from subquad import UserError
-from subquad.linearize.layout import CallNote, packed, padded
+from subquad.linearize.calls import CallNote, Mode, Root
+from subquad.linearize.layout import packed, padded
 
 MASKS = {
     "left": [[0, 0, 1, 1], [0, 1, 1, 1]],
@@ -40,9 +41,7 @@ def test_documents_become_rows():
 
 
 def note_of(mask=None, position_ids=None) -> CallNote:
-    note = CallNote()
-    note.enter(mask, position_ids)
-    return note
+    return CallNote.outermost(Mode(), mask, position_ids)
 
 
 def test_only_this_calls_columns_of_the_mask_count():
@@ -53,19 +52,26 @@ def test_only_this_calls_columns_of_the_mask_count():
 
 
 def test_a_new_call_forgets_the_last_one():
-    note = note_of(torch.tensor([[0, 1]]))
-    note.leave()
-    note.enter(None, None)
-    assert note.layout(1, 2, cached=False) is None
+    root, model = Root(), torch.nn.Identity()
+    root.enter(model, torch.tensor([[0, 1]]), None)
+    first = root.note
+    root.leave(model)
+    assert root.note.layout(1, 2, cached=False) is None
+    for end in (root.leave, lambda model: None):  # a Ctrl-C in the middle of a call: nobody tells of its end
+        root.enter(model, None, None)
+        assert root.note.layout(1, 2, cached=False) is None
+        end(model)
+    root.enter(model, torch.tensor([[1, 1]]), None)
+    assert root.note.mask_BS is not None and len(root.calls) == 1
+    assert first.layout(1, 2, cached=False).counts_D.tolist() == [1], "checkpointed layers run again when other calls have been made"
 
 
 def test_inner_calls_keep_the_outer_mask():
     """The base model inside the language model is handed a mask that the outer one may already have expanded."""
     note = note_of(torch.tensor([[0, 1]]))
-    note.enter(torch.zeros(1, 1, 2, 2), None)
-    assert note.layout(1, 2, cached=False).counts_D.tolist() == [1]
-    note.leave()
-    assert note.layout(1, 2, cached=False).counts_D.tolist() == [1], "checkpointed layers run again after the inner model has returned"
+    inner = note.inner(torch.zeros(1, 1, 2, 2), torch.tensor([[0, 0]]))
+    assert inner.layout(1, 2, cached=False).counts_D.tolist() == [1]
+    assert inner.position_ids is not None and note.position_ids is None
 
 
 def test_positions_mean_packing_only_without_mask_and_cache():

@@ -1,22 +1,28 @@
 """What arrives at the seam is honoured or refused, and the model stays an ordinary transformers model."""
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from helpers import tiny_model
 from linearize.students import PRESETS, chunked, full, left_padded, padded_inputs, student_of, tokens
 from tolerances import FAMILY, assert_near, error
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 import subquad
 from subquad import UserError
-from subquad.linearize.modes import as_teacher
+from subquad.linearize.calls import Checkpoint
+from subquad.linearize.modes import as_teacher, gated
 from subquad.linearize.params import attention_parameters, linear_names, mixer_parameters
 from subquad.linearize.seam import seams
 
 SPLIT = {0: [1], 2: [0]}
 ARGUMENTS = dict(mixer="gated_delta", window=4, sinks=2, exact=SPLIT)
 IDS = tokens(2, 16)
+LEFT = torch.tensor([[1] * 16, [0] * 5 + [1] * 11])
 
 
 @pytest.fixture
@@ -147,6 +153,19 @@ def test_mask_of_ones_and_no_mask_are_one(student):
     assert torch.equal(full(student, IDS), full(student, IDS, attention_mask=torch.ones_like(IDS)))
 
 
+POSITIONAL = {
+    "ids, mask": (IDS, LEFT),
+    "ids, mask, None": (IDS, LEFT, None),
+    "ids, mask, positions": (IDS, LEFT, (LEFT.cumsum(1) - 1).clamp_min(0)),
+}
+
+
+@pytest.mark.parametrize("what", POSITIONAL)
+def test_arguments_may_be_given_by_position(student, what):
+    with torch.no_grad():
+        assert torch.equal(student(*POSITIONAL[what], use_cache=False).logits, full(student, IDS, attention_mask=LEFT))
+
+
 # --- layers in which the teacher runs a window of its own --------------------------------------------------------------------------
 
 WINDOWED = {
@@ -192,14 +211,61 @@ def gradients(model, ids, **kwargs) -> dict:
 @pytest.mark.parametrize("mixer", PRESETS)
 def test_gradient_checkpointing_changes_nothing(tiny_llama, mixer):
     student = student_of(tiny_llama, **{**ARGUMENTS, "mixer": mixer}).train()
-    mask = torch.tensor([[1] * 16, [0] * 5 + [1] * 11])
-    wanted = gradients(student, IDS, attention_mask=mask)
+    wanted = gradients(student, IDS, attention_mask=LEFT)
     assert set(wanted) == {name for name, _ in student.named_parameters()}
     student.gradient_checkpointing_enable()
-    found = gradients(student, IDS, attention_mask=mask)
+    found = gradients(student, IDS, attention_mask=LEFT)
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():
         assert_near(gradient, wanted[name], FAMILY, name)
+
+
+GATES = {i: torch.tensor([0.3, 0.8]) for i in range(3)}
+SWITCHED = {  # what -> (mode, mask, positions) of two forward calls before one backward pass, which finds neither under way
+    "as many real tokens": ((nullcontext, LEFT, None), (nullcontext, LEFT.flip(0), None)),
+    "other numbers of real tokens": ((nullcontext, LEFT, None), (nullcontext, None, None)),
+    "packed, then plain": ((nullcontext, None, torch.arange(16).remainder(7)[None]), (nullcontext, None, None)),
+    "as teacher, then student": ((as_teacher, LEFT, None), (nullcontext, LEFT, None)),
+    "gated, then teacher": ((partial(gated, gates=GATES), None, None), (as_teacher, None, None)),
+}
+
+
+def gradients_of_two(model, calls) -> dict:
+    model.zero_grad()
+    loss = 0.0
+    for seed, (mode, mask, positions) in enumerate(calls):
+        with mode(model):
+            logits = model(input_ids=tokens(2, 16, seed), attention_mask=mask, position_ids=positions, use_cache=False).logits
+        loss = loss + (logits if mask is None else logits[mask.bool()]).square().mean()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not"])
+@pytest.mark.parametrize("what", SWITCHED)
+def test_gradient_checkpointing_of_two_calls_before_one_backward(student, what, reentrant):
+    wanted = gradients_of_two(student.train(), SWITCHED[what])
+    student.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for model in (student, copy.deepcopy(student)):
+        found = gradients_of_two(model, SWITCHED[what])
+        assert found.keys() == wanted.keys()
+        for name, gradient in found.items():
+            assert_near(gradient, wanted[name], FAMILY, name)
+    assert not [m for m in subquad.restore(student).modules() if isinstance(m.__dict__.get("_gradient_checkpointing_func"), Checkpoint)]
+
+
+def test_other_checkpoints(student):
+    """torch's wrapper says of which call a layer is; checkpoint() around a single layer does not, and wrong gradients would be silent."""
+    calls = SWITCHED["as many real tokens"]
+    wanted = gradients_of_two(student.train(), calls)
+    bare, layers = copy.deepcopy(student), student.model.layers
+    layers[1] = checkpoint_wrapper(layers[1])
+    for name, gradient in gradients_of_two(student, calls).items():
+        assert_near(gradient, wanted[name.replace("_checkpoint_wrapped_module.", "")], FAMILY, name)
+    forward = bare.model.layers[1].forward
+    bare.model.layers[1].forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    with pytest.raises(UserError, match=r"run again in the backward pass.*does not say of which call"):
+        gradients_of_two(bare, calls)
 
 
 def test_gradients_do_not_change_the_output(student):
