@@ -56,18 +56,19 @@ def suite(name: str) -> dict[str, dict[str, Any]]:
 
 def named(names: Sequence[str], folder: str | Path | None) -> dict[str, dict[str, Any]]:
     """Tasks for names: a row of TASKS, a file or a folder of files (a path, or a name in `folder`), blimp_PARADIGM, lm_eval:TASK, or a task of
-    lm-evaluation-harness where that is installed. UserError names every name that is none of these."""
+    lm-evaluation-harness where that is installed. gsm8k and mmlu are files first. UserError names every name that is none of these."""
     tasks: dict[str, dict[str, Any]] = {}
     problems = []
     for name in names:
-        if name in TASKS and name not in ("gsm8k", "mmlu"):
-            tasks.setdefault(name, {})
-        elif (path := _path(name, folder)) is not None:
+        path = None if name in TASKS and name not in ("gsm8k", "mmlu") else _path(name, folder)
+        if path is not None:
             first = next(iter(sorted(file for file in path.iterdir() if file.is_file())), None) if path.is_dir() else path
             if first is None:
                 problems.append(f"The folder {path} holds no files.")
                 continue
             tasks.setdefault(kind_of(first), {"files": []})["files"].append(str(path))
+        elif name in TASKS:
+            tasks.setdefault(name, {})
         elif name.startswith("lm_eval:") or name in _harness_names():
             tasks.setdefault("lm_eval", {"tasks": []})["tasks"].append(name.removeprefix("lm_eval:"))
         else:
@@ -89,9 +90,10 @@ def with_files(tasks: dict[str, Any], folder: str | Path | None) -> dict[str, An
             continue
         names = [settings["files"]] if isinstance(settings["files"], str) else settings["files"]
         paths = {name: _path(str(name), folder) for name in names}
-        known = local_names(folder)
-        hint = f" In {folder}: {', '.join(known)}." if known else " Give a path, or the folder they are in with --benchmarks."
-        problems += [f"{task}.files: no file {name!r}.{nearest(name, known)}{hint}" for name, path in paths.items() if path is None]
+        if lost := [name for name, path in paths.items() if path is None]:
+            known = local_names(folder)
+            hint = f" In {folder}: {', '.join(known)}." if known else " Give a path, or the folder they are in with --benchmarks."
+            problems += [f"{task}.files: no file {name!r}.{nearest(name, known)}{hint}" for name in lost]
         found[task] = settings | {"files": [str(path) for path in paths.values()]}
     raise_all(problems)
     return found
@@ -115,9 +117,13 @@ def _path(name: str, folder: str | Path | None) -> Path | None:
 
 
 def local_names(folder: str | Path | None) -> list[str]:
-    """Files and folders in a benchmarks folder, without suffixes."""
-    place = Path(folder).expanduser() if folder is not None else None
-    return sorted({stem(path) for path in place.iterdir() if not path.name.startswith(".")}) if place is not None and place.is_dir() else []
+    """Files and folders in a benchmarks folder, without suffixes; none without a folder. UserError when it is no folder."""
+    if folder is None:
+        return []
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise UserError(f"--benchmarks {folder}: no such folder. Give the one that holds the evaluation files, or leave it out.")
+    return sorted({stem(path) for path in place.iterdir() if not path.name.startswith(".")})
 
 
 @functools.cache

@@ -161,6 +161,9 @@ def test_broken_lines_are_named(tmp_path, what):
 
 def test_files_are_found_and_told_apart(file, tmp_path):
     assert named(["quiz", "passkey"], tmp_path) == {"choice": {"files": [str(file)]}, "passkey": {}}
+    assert named(["gsm8k"], tmp_path) == {"gsm8k": {}}, "its files may still come from --set"
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "How many?", "answer": "#### 1"}')
+    assert named(["gsm8k"], tmp_path) == {"gsm8k": {"files": [str(tmp_path / "gsm8k.jsonl")]}}
     with pytest.raises(UserError, match=r"Unknown eval task 'quizz'\. Did you mean 'quiz'"):
         named(["quizz"], tmp_path)
     chosen = {"choice": {"files": ["quiz"], "limit": 2}, "passkey": {}}
