@@ -14,7 +14,7 @@ from rich.table import Table
 
 from subquad.distill.data import Tokens, load_documents
 from subquad.errors import UserError
-from subquad.evals import task_settings
+from subquad.evals import TASKS, task_settings
 from subquad.evals.answers import Answers
 from subquad.evals.paired import difference
 from subquad.evals.rows import METRICS
@@ -29,19 +29,31 @@ from subquad.settings import apply_sets
 from subquad.verbs import Rows, check_tasks, measure, open_student, original_teacher, untrained_window, versions
 
 WHO = ("teacher", "window", "student")
+ROW = {"model", "metric", "setting", "value"}  # what two results are compared by
 RESULTS, ITEMS, ABOUT = "results.json", "items.json", "about.json"
 
 
 def chosen_tasks(
     tasks: str | None, suite_name: str | None, sets: list[str], benchmarks: str | None = None, limit: int | None = None
 ) -> dict[str, Any]:
-    """{task: settings} of the words on the command line; --set has the last word. Empty where nothing is said."""
+    """{task: settings} of the words on the command line; --set has the last word. Empty where nothing is said. UserError where what is said leaves
+    no task, or no task that takes the limit."""
     found = suite(suite_name) if suite_name else {}
     found |= named([name.strip() for name in tasks.split(",") if name.strip()], benchmarks) if tasks is not None else {}
-    for name, settings in found.items():
-        if limit is not None and "limit" in task_settings(name):
-            settings["limit"] = limit
-    return with_files(apply_sets(found, sets), benchmarks)
+    found |= {name: {} for name in apply_sets({}, sets) if name in TASKS and name not in found}
+    if limit is not None:
+        if not (limited := [name for name in found if _takes_limit(name)]):
+            raise UserError(f"--limit {limit}: no task asked for takes one. Those that do: {', '.join(filter(_takes_limit, TASKS))}.")
+        for name in limited:
+            found[name]["limit"] = limit
+    chosen = apply_sets(found, sets)
+    if chosen and all(settings is None for settings in chosen.values()):
+        raise UserError(f"--set leaves out {', '.join(chosen)}, and nothing else is asked for. Choose tasks with --tasks or --suite.")
+    return with_files(chosen, benchmarks)
+
+
+def _takes_limit(task: str) -> bool:
+    return "limit" in task_settings(task)
 
 
 def judge_folder(
@@ -154,4 +166,6 @@ def _results(place: str | Path) -> tuple[Rows, dict[str, Any]]:
         items = json.loads(path.with_name(ITEMS).read_text(encoding="utf-8")) if path.with_name(ITEMS).is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}). Run that eval again.") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and ROW <= row.keys() for row in rows):
+        raise UserError(f"{path} holds no results: expected a list of rows with {', '.join(sorted(ROW))}. Give {RESULTS}, or its folder.")
     return rows, items

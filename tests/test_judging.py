@@ -103,6 +103,17 @@ MISTAKES = {
     "no tokenizer": (lambda p: ["--tasks", "quiz", no_tokenizer(p)], ["holds no tokenizer. Save one beside the model"]),
     "suite without files": (lambda p: ["--suite", "standard"], ["no file 'arc_easy'"]),
     "unknown model": (lambda p: ["--tasks", "quiz", "--models", "techer"], ["Did you mean 'teacher'"]),
+    "no model": (lambda p: ["--tasks", "quiz", "--models", ""], ["model of --models ''", "Known: student, teacher, window"]),
+    "limit below one": (lambda p: ["--tasks", "quiz", "--limit", "-1"], ["choice.limit: expected a whole number of at least 1"]),
+    "limit below one of a task by --set": (
+        lambda p: ["--set", f"choice.files={p}/bench/quiz.jsonl", "--limit", "-1"],
+        ["choice.limit: expected a whole number of at least 1"],
+    ),
+    "limit of nothing": (lambda p: ["--tasks", "passkey", "--limit", "3"], ["no task asked for takes one. Those that do: choice, "]),
+    "limit of the default tasks": (lambda p: ["--limit", "3"], ["no task asked for takes one"]),
+    "no task left": (lambda p: ["--set", "perplexity=null"], ["--set leaves out perplexity"]),
+    "task without its files": (lambda p: ["--tasks", "gsm8k,mmlu"], ["gsm8k.files: give at least one file", "mmlu.files: give at least"]),
+    "length too small": (lambda p: ["--tasks", "passkey", "--set", "passkey.lengths=[128]"], ["passkey.lengths", "128 are too few"]),
     "unknown setting": (lambda p: ["--tasks", "quiz", "--set", "choice.limt=3"], ["Did you mean 'limit'"]),
 }
 
@@ -118,9 +129,19 @@ def test_mistake(place, what):
     assert "Traceback" not in stderr
 
 
+def stray(path, value):
+    path.write_text(json.dumps(value))
+    return path
+
+
 def test_other_words_and_their_mistakes(place, tmp_path):
     for words, said in (
         (["eval", "diff", tmp_path, tmp_path], "holds no results.json"),
+        (["eval", "diff", stray(tmp_path / "about.json", {"model": "x"}), tmp_path], "holds no results: expected a list of rows"),
+        (["eval", "diff", stray(tmp_path / "rows.json", [{"model": "x"}]), tmp_path], "holds no results: expected a list of rows"),
+        (["eval", "tasks", "--benchmarks", tmp_path / "nowhere"], "nowhere: no such folder"),
+        (["eval", place / "student", "--suite", "standard", "--benchmarks", tmp_path / "nowhere"], "nowhere: no such folder"),
+        (["eval", place / "student", "--tasks", "quiz", "--benchmarks", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["eval", "mixer", "gla,glaa"], "Did you mean 'gla'"),
         (["eval", "diagnose", place / "student", "--set", "widows=1"], "Did you mean 'windows'"),
         (["report", tmp_path], "no plan.json"),

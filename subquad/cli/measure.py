@@ -36,7 +36,7 @@ def evaluate(
 
     report = reporter(json)
     chosen = judging.chosen_tasks(tasks, suite, sets or [], benchmarks, limit)
-    who = [name.strip() for name in models.split(",")] if models else None
+    who = [name.strip() for name in models.split(",")] if models is not None else None
     rows = judging.judge_folder(folder, chosen, data or ["pydoc"], teacher=teacher, who=who, out=out, report=report)
     show(rows) if json else table.render(rows, report.console)
 
