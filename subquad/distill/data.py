@@ -23,6 +23,10 @@ Source = str | Sequence["Source"]
 SUFFIXES = (".txt", ".md", ".jsonl")
 # A JSON line's text: the first row whose fields are all there, joined by a newline. Multiple choice rows have choices and gold (an index).
 FIELDS = (("text",), ("question", "answer"), ("prompt", "completion"), ("instruction", "output"), ("query", "answer"), ("query",))
+ADVICE = (
+    "A data source is 'pydoc', a text file, a folder, a .jsonl file, or a dataset as name:split:field. A recipe takes others by "
+    "--set data.train=... and --set data.eval=...; the shipped ones look in $SUBQUAD_DATA/corpus."
+)
 _HUB_NAME = re.compile(r"[\w./-]+(:[\w.-]+){2,3}")
 
 
@@ -46,12 +50,19 @@ def load_documents(source: Source) -> list[Document]:
 
     ${VAR} and ${VAR:-default} are expanded. Raises UserError for everything that is missing or unreadable, all at once.
     """
-    documents, problems = [], []
+    documents, problems, missing = [], [], False
     for name in _flat(source):
         try:
-            documents += _load(expand(name))
+            found = _load(expand(name))
         except UserError as error:
             problems += error.problems
+            continue
+        if found is None:
+            missing = True
+            problems.append(f"No such file or folder: {expand(name)}.")
+        documents += found or []
+    if missing:
+        problems[-1] += f" {ADVICE}"
     raise_all(problems)
     documents = [document for document in documents if document.text.strip()]
     if not documents:
@@ -63,7 +74,8 @@ def _flat(source: Source) -> list[str]:
     return [source] if isinstance(source, str) else [name for part in source for name in _flat(part)]
 
 
-def _load(name: str) -> list[Document]:
+def _load(name: str) -> list[Document] | None:
+    """None where there is nothing of that name."""
     path = Path(name).expanduser()
     if name == "pydoc":
         return _pydoc()
@@ -76,9 +88,7 @@ def _load(name: str) -> list[Document]:
         return _file(path)
     if _HUB_NAME.fullmatch(name):
         return _dataset(*name.split(":"))
-    raise UserError(
-        f"No such file or folder: {name}. A data source is 'pydoc', a text file, a folder, a .jsonl file, or a dataset as name:split:field."
-    )
+    return None
 
 
 def _pydoc() -> list[Document]:

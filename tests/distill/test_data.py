@@ -81,6 +81,8 @@ def test_all_missing_files_are_named_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         load_documents([f"{tmp_path}/one.txt", f"{tmp_path}/two.txt", "${SUBQUAD_UNSET}/three.txt"])
     assert len(caught.value.problems) == 3
+    assert [problem.count("--set data.train") for problem in caught.value.problems] == [0, 0, 1], "what to do is said once"
+    assert "SUBQUAD_DATA/corpus" in caught.value.problems[-1]
 
 
 @pytest.mark.parametrize(
