@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from subquad.distill import checkpoint
@@ -63,7 +63,8 @@ def run_stage(
     Raises Interrupted after SIGTERM or Ctrl-C (saved), UserError for a diverging loss, a full disk, a checkpoint of another run.
     """
     folder, names, began = Path(folder), list(parameters), time.perf_counter()
-    accelerator = Accelerator()
+    # Given, because `accelerate config` may have left another number in the environment, which would divide every gradient.
+    accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     _check(stage, model, parameters, batches, accelerator)
     mark = _fingerprint(stage, parameters, batches)
     if not resume and accelerator.is_main_process:

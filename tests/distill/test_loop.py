@@ -74,6 +74,13 @@ def test_two_runs_are_equal_and_flags_come_back(tmp_path):
     assert outcomes[0] == outcomes[1]
 
 
+def test_settings_of_accelerate_that_the_loop_does_not_have_change_nothing(tmp_path, monkeypatch):
+    """A stage's batch is one optimiser step: there are no gradients to accumulate, hence none to divide."""
+    wanted = [timeless(row) for row in run(tmp_path / "plain")[2]]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert [timeless(row) for row in run(tmp_path / "four")[2]] == wanted
+
+
 class Crash(Exception):
     pass
 
