@@ -35,8 +35,7 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise UserError if the folder cannot be used. Reads only, so that a refusal leaves nothing behind."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; --out needs a folder.")
+        check_folder(self.path)
         if self.overwrite or not self.path.is_dir() or not _visible(self.path):
             return
         recipe = self / "recipe.yaml"
@@ -95,6 +94,20 @@ class RunFolder:
         """Write an entry as JSON, whole or not at all."""
         if MAIN:
             write_text(self / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_folder(path: Path) -> None:
+    """UserError when `path`, or what it would lie in, is a file. Reads only."""
+    there = next((place for place in (path, *path.parents) if place.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"{there} is a file where a folder is needed. Choose another place to write to.")
+
+
+def check_apart(path: Path, *inputs: str | Path | None) -> None:
+    """UserError when one of `inputs` is `path` or lies inside it: what is read must not be where a run writes and deletes."""
+    for given in inputs:
+        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{given} is read and lies in {path}, which is written. Choose another --out, or copy {given} elsewhere first.")
 
 
 def write_text(path: Path, text: str) -> None:

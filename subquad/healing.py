@@ -52,6 +52,13 @@ def heal(
     return trained
 
 
+def stage_problems(stages: list[Stage], tokens: Tokens, mixers: bool, dtype: torch.dtype) -> list[str]:
+    """What the loop would refuse, before any training: too little text, mixers without parameters, weights of `dtype` that cannot be trained."""
+    weights, own = {str(dtype).removeprefix("torch.")}, {"float32"}  # mixers and adapters are made in fp32
+    moved = {"all": weights, "attention": weights, "lora": own, "mixers": own if mixers else set()}
+    return [problem for stage in stages for problem in (*tokens.shortage(stage.context), *stage.unfit(moved[stage.train]))]
+
+
 def heal_stage(
     student: PreTrainedModel,
     stage: Stage,

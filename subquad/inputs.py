@@ -9,6 +9,7 @@ import torch
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel
 
 from subquad.distill.data import Document, Tokens, hold_out, load_documents
+from subquad.errors import UserError
 from subquad.linearize.teacher import load_config, load_teacher, load_tokenizer
 from subquad.recipe import DataSection, Recipe
 from subquad.smoke import shrink_config, shrink_model, shrink_texts
@@ -19,6 +20,7 @@ class Teacher:
 
     def __init__(self, recipe: Recipe, smoke: bool = False):
         self.recipe, self.smoke = recipe, smoke
+        self._opened: PreTrainedModel | None = None
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -32,8 +34,16 @@ class Teacher:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.recipe.teacher, revision=self.recipe.revision)
 
+    def open(self) -> PreTrainedModel:
+        """Read the weights now; the next `fresh()` hands out this model."""
+        self._opened = self.fresh()
+        return self._opened
+
     def fresh(self) -> PreTrainedModel:
         """A teacher nobody else holds, in eval mode."""
+        if self._opened is not None:
+            model, self._opened = self._opened, None
+            return model
         return copy.deepcopy(self._small) if self.smoke else self._open()
 
     @cached_property
@@ -61,8 +71,11 @@ def read_documents(data: DataSection, smoke: bool = False) -> tuple[list[Documen
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> BatchEncoding:
-    """input_ids [1, T] and attention_mask of a prompt, in the model's chat format when it has one."""
+    """input_ids [1, T] and attention_mask of a prompt, in the model's chat format when it has one. UserError for a prompt without tokens."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return tokenizer(prompt, return_tensors="pt")
+    ids = tokenizer(prompt, return_tensors="pt")
+    if not ids["input_ids"].numel():
+        raise UserError(f"The prompt {prompt!r} has no tokens, so there is nothing to continue. Give at least one word.")
+    return ids

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from subquad.distill.data import Tokens
 from subquad.distill.log import JsonLog
+from subquad.errors import raise_all
 from subquad.evals import table
-from subquad.folder import MAIN, RunFolder
-from subquad.healing import heal
-from subquad.inputs import Teacher, Text, read_documents
+from subquad.folder import MAIN, RunFolder, check_apart
+from subquad.healing import heal, stage_problems
+from subquad.inputs import Teacher, Text, prompt_ids, read_documents
 from subquad.leakage import guard
 from subquad.linearize import Plan, hub, linearize
 from subquad.progress import Reporter
@@ -31,24 +32,29 @@ def run(recipe: Recipe | str, out: str | Path, *, overwrite: bool = False, smoke
     """Everything a recipe says, into the run folder `out`; returns the rows of the final table.
 
     Killed at any moment and called again, it continues and ends with the same numbers. Raises UserError before anything is
-    written for what can be known from the recipe, the model's config and the text alone.
+    written or deleted for what can be known without computing.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     recipe = shrink_recipe(recipe) if smoke else recipe
     report = report or Reporter()
     folder = RunFolder(out, recipe.dump(), overwrite, rewritten)
     folder.check()
+    check_apart(folder.path, recipe.teacher)
     teacher = Teacher(recipe, smoke)
-    choose_heads(recipe, teacher.config, scores=None)  # refuse now what could not be planned later
+    rough = choose_heads(recipe, teacher.config, scores=None)  # refuse now what could not be planned later
     train, held_out = read_documents(recipe.data, smoke)
     overlap = guard(train, held_out, recipe.evals.root, recipe.data.allow_overlap)
     for entry in overlap:
         report.line(f"Overlap with the training text: {entry['share']:.2%} of the runs of 13 words in {entry['set']}")
+    text = Text(Tokens.from_documents(train, teacher.tokenizer), Tokens.from_documents(held_out, teacher.tokenizer), tuple(overlap))
+    check_tasks(recipe.evals.root, text.held_out, teacher.tokenizer)
+    if recipe.sample is not None:
+        prompt_ids(teacher.tokenizer, recipe.sample.prompt)
+    if overwrite or not (folder / "student").is_dir():
+        check_training(recipe, rough, teacher, text.train)
 
     with folder:
         log = JsonLog(folder / "log.jsonl")
-        text = Text(Tokens.from_documents(train, teacher.tokenizer), Tokens.from_documents(held_out, teacher.tokenizer), tuple(overlap))
-        check_tasks(recipe.evals.root, text.held_out, teacher.tokenizer)
         what = make_plan(recipe, teacher, text.train, folder, log, report)
         what.render(report.console)
         student = make_student(recipe, teacher, what, text, folder, log, report)
@@ -60,6 +66,13 @@ def run(recipe: Recipe | str, out: str | Path, *, overwrite: bool = False, smoke
 
 
 # ---- the steps ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_training(recipe: Recipe, what: Plan, teacher: Teacher, tokens: Tokens) -> None:
+    """Open the teacher, which may be damaged, and refuse what selection and stages could not train."""
+    short = tokens.shortage(recipe.select.context) if recipe.select and recipe.select.method == "gates" else []
+    problems = [*short, *stage_problems(recipe.stages, tokens, what.parameters_added() > 0, teacher.open().dtype)]
+    raise_all(list(dict.fromkeys(problems)))
 
 
 def make_plan(recipe: Recipe, teacher: Teacher, tokens: Tokens, folder: RunFolder, log: JsonLog, report: Reporter) -> Plan:

@@ -17,12 +17,13 @@ from subquad.distill.stage import Stage
 from subquad.errors import UserError, raise_all
 from subquad.evals import evaluate as run_tasks
 from subquad.evals import handed, problems, task_settings
-from subquad.evals.answers import Answers, key
+from subquad.evals.answers import Answers, fingerprint, key
 from subquad.evals.fill import STOCK, auto
 from subquad.evals.models import loaded
-from subquad.folder import RunFolder
-from subquad.healing import heal
+from subquad.folder import RunFolder, check_apart, check_folder
+from subquad.healing import heal, stage_problems
 from subquad.linearize import Plan, hub, linearize, plan, restore
+from subquad.linearize.params import mixer_parameters
 from subquad.linearize.state import MixerState, cache_bytes
 from subquad.linearize.teacher import load_teacher, load_tokenizer
 from subquad.progress import Reporter
@@ -107,7 +108,10 @@ def distill(
     teacher as long as the student has not been trained before.
     """
     checked = [stage if isinstance(stage, Stage) else validate(Stage, stage, f"stages.{i}.") for i, stage in enumerate(stages)]
-    tokens, folder = as_tokens(data, tokenizer), Path(folder)
+    folder = Path(folder)
+    check_folder(folder)
+    tokens = as_tokens(data, tokenizer)
+    raise_all(stage_problems(checked, tokens, bool(mixer_parameters(student)), student.dtype))
     if teacher is None and any(stage.train != "mixers" for stage in checked):
         teacher = restore(copy.deepcopy(student))
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,9 +123,12 @@ def distill(
 # ---- the same on folders ---------------------------------------------------------------------------------------------------------------
 
 
-def convert_folder(name: str, what: Plan, out: Path, *, overwrite: bool = False) -> None:
+def convert_folder(name: str, what: Plan, out: Path, *, overwrite: bool = False, report: Reporter) -> None:
     """Open the teacher `name`, convert it, save it untrained in `out`."""
+    check_folder(out)
     hub.check_free(out, overwrite)
+    check_apart(out, name)
+    what.render(report.console)
     model, tokenizer = load_teacher(name)
     student = linearize(model, what)
     hub.save(
@@ -132,17 +139,25 @@ def convert_folder(name: str, what: Plan, out: Path, *, overwrite: bool = False)
 def distill_folder(
     name: Path, data: list[str], out: Path, sets: list[str], *, teacher: str | None = None, overwrite: bool = False, report: Reporter
 ) -> None:
-    """Heal the student in folder `name` with one stage (STAGE, changed by `sets`); `out` becomes a run folder."""
+    """Heal the student in folder `name` with one stage (STAGE, changed by `sets`); `out` becomes a run folder.
+
+    The run is of these very weights: another student or teacher under the same name is another run.
+    """
     stage = validate(Stage, apply_sets(STAGE, sets))
-    folder = RunFolder(out, yaml.safe_dump({"student": str(name), "data": data, "stages": [stage.model_dump(mode="json")]}), overwrite)
-    folder.check()
+    check_folder(out)
+    check_apart(out, name, teacher)
     documents = load_documents(data)
     student, tokenizer = open_student(name)
+    other = None if teacher is None and not trained_tokens(student) else original_teacher(student, teacher)
+    story = {"student": str(name), "student_weights": fingerprint(student), "teacher": teacher}
+    story |= {"teacher_weights": None if other is None else fingerprint(other), "data": data, "stages": [stage.model_dump(mode="json")]}
+    folder = RunFolder(out, yaml.safe_dump(story, sort_keys=False), overwrite)
+    folder.check()
+    tokens = Tokens.from_documents(documents, tokenizer)
+    raise_all(stage_problems([stage], tokens, bool(mixer_parameters(student)), student.dtype))
     with folder:
         if (folder / "student").is_dir():
             return report.line(f"{out} is finished.")
-        tokens = Tokens.from_documents(documents, tokenizer)
-        other = None if teacher is None and not trained_tokens(student) else original_teacher(student, teacher)
         distill(student, [stage], tokens, folder=out, teacher=other, report=report)
         story = {**student.subquad_provenance, "trained_tokens": trained_tokens(student) + stage.steps * stage.batch * stage.context}
         hub.save(student, folder / "student", tokenizer=tokenizer, provenance=story | {"versions": versions()})

@@ -94,6 +94,9 @@ def test_linearize_distill_eval_chat(cli, teacher_folder, text_file, tmp_path):
     (turn,) = json.loads(ok(cli("chat", second / "student", "--prompt", "river", "--new-tokens", 3, "--json")).stdout)
     assert turn["prompt"] == "river"
     ok(cli("chat", teacher_folder, "--new-tokens", 2, input="river\n\n"))
+    assert "differs in: teacher, teacher_weights" in cli(*distill, "--teacher", teacher_folder).stderr
+    ok(cli("linearize", teacher_folder, "--window", 20, "--out", first, "--overwrite"))
+    assert "differs in: student_weights" in cli(*distill).stderr
 
 
 def test_run_and_run_again(cli, teacher_folder, text_file, tmp_path):

@@ -25,6 +25,9 @@ class Place:
     def recipe(self, **changes) -> list:
         return ["run", write_recipe(self.folder / "mine.yaml", tiny_recipe(self.teacher, self.text, **changes)), "--out", self.out]
 
+    def stage(self, **changes) -> dict:
+        return tiny_recipe(self.teacher, self.text)["stages"][0] | changes
+
     def copy_of_teacher(self) -> Path:
         return Path(shutil.copytree(self.teacher, self.folder / "copy"))
 
@@ -157,6 +160,14 @@ MISTAKES = {
     "encoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "bert"}').parent], ["bidirectional", "Mixers that are"]),
     "encoder and decoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "t5"}').parent], ["no causal language model"]),
     "no such layer": (lambda p: ["plan", p.teacher, "--exact", "9"], ["9", "0..2"]),
+    "stage longer than the text": (lambda p: p.recipe(stages=[p.stage(context=10**5, tokens=10**5)]), ["less than one context of 100,000"]),
+    "stage of bfloat16": (lambda p: p.recipe(dtype="bfloat16"), ["kept as bfloat16", "float32"]),
+    "stage of bfloat16, no selection": (lambda p: p.recipe(dtype="bfloat16", select=None, budget=None), ["kept as bfloat16"]),
+    "stage of nothing": (lambda p: p.recipe(stages=[p.stage(train="mixers")]), ["nothing to train"]),
+    "corrupt teacher, no selection": (lambda p: p.recipe(teacher=str(corrupt(p)), select=None, budget=None), ["damaged", "copy"]),
+    "empty prompt in run": (lambda p: p.recipe(sample={"prompt": ""}), ["has no tokens"]),
+    "empty prompt": (lambda p: ["chat", p.teacher, "--prompt", ""], ["has no tokens"]),
+    "out in a file": (lambda p: ["linearize", p.teacher, "--out", p.text / "x"], ["is a file"]),
 }  # fmt: skip
 
 
@@ -189,6 +200,39 @@ def test_damaged_model(place, what, of):
     code, stdout, stderr = call(["linearize", folder, "--out", place.out] if of == "teacher" else ["chat", folder, "--prompt", "a"])
     assert code == 2 and words in stderr, stdout + stderr
     assert "Traceback" not in stderr and not place.out.exists()
+
+
+def distilled(place, *words, student="out/student", data=None) -> list:
+    small = ["--set", "tokens=64", "--set", "context=32"]
+    return ["distill", place.folder / student, "--data", data or place.text, *words, *small, "--out", place.out]
+
+
+# calls that are refused although --overwrite allows them to delete what is in `out`, a run of before -> words
+KEPT = {
+    "evals longer than the text": (lambda p: p.recipe(evals={"perplexity": {"context": 10**5}}), ["perplexity"]),
+    "stage longer than the text": (lambda p: p.recipe(stages=[p.stage(context=10**5, tokens=10**5)]), ["of 100,000"]),
+    "gates longer than the text": (lambda p: p.recipe(select={"method": "gates", "context": 10**5, "tokens": 10**5}), ["of 100,000"]),
+    "corrupt teacher": (lambda p: p.recipe(teacher=str(corrupt(p))), ["damaged"]),
+    "distill of itself": (distilled, ["student", "lies in"]),
+    "distill into its student": (lambda p: [*distilled(p)[:-1], p.out / "student"], ["lies in"]),
+    "distill by a teacher in it": (lambda p: distilled(p, "--teacher", p.out / "student", student="before"), ["lies in"]),
+    "distill by no teacher": (lambda p: distilled(p, "--teacher", p.folder / "nowhere", student="before"), ["nowhere"]),
+    "distill too little text": (lambda p: distilled(p, student="before", data=tiny_text(p)), ["9 tokens"]),
+    "linearize a teacher in it": (lambda p: ["linearize", p.out / "student/teacher", "--out", p.out / "student"], ["lies in"]),
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_refused_overwrite_deletes_nothing(place, what):
+    shutil.move(student(place), place.folder / "before")
+    shutil.copytree(place.folder / "before", place.out / "student")
+    shutil.copytree(place.teacher, place.out / "student/teacher")
+    (place.out / "recipe.yaml").write_text("seed: 7")
+    before = sorted(place.out.rglob("*"))
+    command, expected = KEPT[what]
+    code, stdout, stderr = call([*command(place), "--overwrite"])
+    assert code == 2 and all(word in stderr for word in expected), stdout + stderr
+    assert sorted(place.out.rglob("*")) == before
 
 
 @pytest.mark.parametrize("verb", ["run", "linearize"])

@@ -198,6 +198,8 @@ def test_python_mirror(tiny_llama, tiny_tokenizer, text_file, tmp_path):
     assert any(not torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
     rows = subquad.evaluate(student, str(text_file), {"perplexity": {"context": 32, "windows": 1}}, tokenizer=tiny_tokenizer)
     assert [row["model"] for row in rows] == ["student"]
+    with pytest.raises(UserError, match="is a file"):
+        subquad.distill(student, [HEAL], str(text_file), tokenizer=tiny_tokenizer, folder=text_file)
     assert subquad.restore(student) is tiny_llama
 
 

@@ -52,8 +52,7 @@ def linearize(
 
     result = make_plan(model, mixer, window, sinks, exact, sets)
     report = reporter(json)
-    result.render(report.console)
-    verbs.convert_folder(model, result, out, overwrite=overwrite)
+    verbs.convert_folder(model, result, out, overwrite=overwrite, report=report)
     show({"student": str(out), "plan": result.to_dict()}) if json else report.line(f"The student is in {out}.")
 
 

@@ -182,6 +182,12 @@ class Tokens:
         """Hash of the ids, little endian: says whether two runs saw the same text through the same tokenizer."""
         return hashlib.sha256(self.ids.astype("<i4").tobytes()).hexdigest()
 
+    def shortage(self, context: int) -> list[str]:
+        """What is wrong with cutting this text into sequences of `context` tokens."""
+        if len(self) >= context:
+            return []
+        return [f"The text has {len(self):,} tokens, less than one context of {context:,}. Give more text or lower context."]
+
     def long(self) -> torch.Tensor:
         """The ids as a LongTensor [N]."""
         return torch.from_numpy(self.ids.astype(np.int64))
@@ -195,8 +201,7 @@ class Batches:
     """
 
     def __init__(self, tokens: Tokens, context: int, batch: int, repeat: float = 0.0, seed: int = 0):
-        if len(tokens) < context:
-            raise UserError(f"The text has {len(tokens):,} tokens, less than one context of {context:,}. Give more text or lower context.")
+        raise_all(tokens.shortage(context))
         assert not (repeat and context % 2), "a repeated passage needs an even context"
         self.tokens, self.context, self.batch, self.repeat, self.seed = tokens, context, batch, repeat, seed
         self.blocks = len(tokens) // context

@@ -221,15 +221,7 @@ def _same_run(state: Mapping[str, Any], mark: str, folder: Path) -> None:
 
 def _check(stage: Stage, model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Batches, accelerator: Accelerator) -> None:
     assert (batches.batch, batches.context, batches.repeat) == (stage.batch, stage.context, stage.repeat), "batches of another stage"
-    problems = []
-    if not parameters:
-        problems.append(f"Stage {stage.name} (train: {stage.train}) has nothing to train here. Train something else, or leave it out.")
-    small = {str(p.dtype).removeprefix("torch.") for p in parameters.values()} - {"float32", "float64"}
-    if small:
-        problems.append(
-            f"Stage {stage.name} would train weights kept as {', '.join(sorted(small))}, which rounds small updates away. "
-            "Load the teacher with dtype float32 (accelerate launch --mixed_precision bf16 keeps it fast on a GPU)."
-        )
+    problems = stage.unfit({str(p.dtype).removeprefix("torch.") for p in parameters.values()})
     if accelerator.distributed_type not in DATA_PARALLEL:
         problems.append(f"Training under {accelerator.distributed_type.value} is not supported. Use data parallel processes.")
     if stage.batch % accelerator.num_processes:

@@ -110,6 +110,17 @@ class Stage(BaseModel):
         if self.final_lr != Stage.model_fields["final_lr"].default and self.schedule == "constant":
             yield "final_lr has no meaning with schedule: constant. Leave it out."
 
+    def unfit(self, dtypes: set[str]) -> list[str]:
+        """What is wrong with training parameters of these dtypes ("float32", ...); no dtype: there are none."""
+        if not dtypes:
+            return [f"Stage {self.name} (train: {self.train}) has nothing to train here. Train something else, or leave it out."]
+        if not (small := dtypes - {"float32", "float64"}):
+            return []
+        return [
+            f"Stage {self.name} would train weights kept as {', '.join(sorted(small))}, which rounds small updates away. "
+            "Load the teacher with dtype float32 (accelerate launch --mixed_precision bf16 keeps it fast on a GPU)."
+        ]
+
     @property
     def steps(self) -> int:
         """Optimiser steps: as many whole batches as fit into `tokens`."""
