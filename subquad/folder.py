@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from subquad.errors import UserError
+from subquad.errors import UserError, first_line
 
 ENTRIES = ("recipe.yaml", "plan.json", "selection.json", "log.jsonl", "results.json", "sample.txt", "checkpoints", "student")
 _LOCK = ".lock"
@@ -41,13 +41,14 @@ class RunFolder:
         recipe = self / "recipe.yaml"
         if not recipe.is_file():
             raise UserError(f"{self.path} is not empty and holds no run. Choose another --out, or give --overwrite to write into it.")
-        held = self._rewritten(recipe.read_text(encoding="utf-8"))
-        if held != self.recipe_text:
-            changes = ", ".join(_changed(held, self.recipe_text))
-            raise UserError(
-                f"{self.path} holds a run of a different recipe (differs in: {changes}). "
-                "Choose another --out, or give --overwrite to delete that run and start anew."
-            )
+        how = "Choose another --out, or give --overwrite to delete that run and start anew."
+        try:
+            held = self._rewritten(recipe.read_text(encoding="utf-8"))
+            changes = _changed(held, self.recipe_text) if held != self.recipe_text else []
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{recipe} is damaged ({first_line(error)}), so it is not known whose run this is. {how}") from None
+        if changes:
+            raise UserError(f"{self.path} holds a run of a different recipe (differs in: {', '.join(changes)}). {how}")
 
     def __enter__(self) -> "RunFolder":
         self.check()
@@ -85,10 +86,9 @@ class RunFolder:
                 self.path.rmdir()
         self._lock.close()
 
-    def read(self, name: str) -> Any | None:
-        """The JSON of an entry, or None if it is not there yet (entries appear whole or not at all)."""
-        path = self / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    def read(self, name: str, make: Callable[[Any], Any]) -> Any | None:
+        """The JSON of an entry as `make` has it, or None if it is not there yet (entries appear whole or not at all)."""
+        return read_json(self / name, make)
 
     def write(self, name: str, value: Any) -> None:
         """Write an entry as JSON, whole or not at all."""
@@ -108,6 +108,41 @@ def check_apart(path: Path, *inputs: str | Path | None) -> None:
     for given in inputs:
         if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(path.resolve()):
             raise UserError(f"{given} is read and lies in {path}, which is written. Choose another --out, or copy {given} elsewhere first.")
+
+
+def read_json(path: Path, make: Callable[[Any], Any], how: str = "Delete it; the command that wrote it makes it anew.") -> Any | None:
+    """make(what a JSON file holds), or None if there is no such file. UserError that names it, and says `how` to go on, when it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return make(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}). {how}") from None
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """`value`, if it is a JSON object; ValueError otherwise."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} where a mapping should be")
+    return value
+
+
+def as_scores(value: Any) -> dict[int, list[float]]:
+    """What selection.json holds: {layer: a score per head}."""
+    found = {int(layer): [float(score) for score in heads] for layer, heads in mapping(value).items()}
+    if not found:
+        raise ValueError("it holds no scores")
+    return found
+
+
+def as_rows(value: Any) -> list[dict[str, Any]]:
+    """What results.json holds: rows as evals/rows.py makes them."""
+    if not isinstance(value, list):
+        raise ValueError(f"a {type(value).__name__} where a list of rows should be")
+    for row in value:
+        if lacking := [key for key in ("model", "metric", "setting", "value", "ratio") if key not in mapping(row)]:
+            raise ValueError(f"a row without {', '.join(lacking)}")
+    return value
 
 
 def write_text(path: Path, text: str) -> None:
@@ -136,9 +171,6 @@ def _visible(path: Path) -> list[str]:
 
 
 def _changed(old: str, new: str) -> list[str]:
-    """Top-level keys in which two resolved recipes differ."""
-    try:
-        before, after = yaml.safe_load(old) or {}, yaml.safe_load(new)
-        return [key for key in {**before, **after} if before.get(key) != after.get(key)] or ["formatting"]
-    except yaml.YAMLError:
-        return ["recipe.yaml is damaged"]
+    """Top-level keys in which two resolved recipes differ. ValueError or YAMLError when `old` is none."""
+    before, after = mapping(yaml.safe_load(old)), yaml.safe_load(new)
+    return [key for key in {**before, **after} if before.get(key) != after.get(key)] or ["formatting"]

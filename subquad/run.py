@@ -15,7 +15,7 @@ from subquad.distill.data import Tokens
 from subquad.distill.log import JsonLog
 from subquad.errors import raise_all
 from subquad.evals import table
-from subquad.folder import MAIN, RunFolder, check_apart
+from subquad.folder import MAIN, RunFolder, as_rows, as_scores, check_apart, mapping
 from subquad.healing import heal, stage_problems
 from subquad.inputs import Teacher, Text, prompt_ids, read_documents
 from subquad.leakage import guard
@@ -77,14 +77,13 @@ def check_training(recipe: Recipe, what: Plan, teacher: Teacher, tokens: Tokens)
 
 def make_plan(recipe: Recipe, teacher: Teacher, tokens: Tokens, folder: RunFolder, log: JsonLog, report: Reporter) -> Plan:
     """What becomes what. Scores that a selection needs are learned once and kept in selection.json."""
-    if (known := folder.read("plan.json")) is not None:
-        return Plan.from_dict(known)
+    if (known := folder.read("plan.json", lambda known: Plan.from_dict(mapping(known)))) is not None:
+        return known
     scores = None
     if recipe.select and recipe.select.method == "gates":
         report.heading("Select: one gate per key/value head")
-        if (known := folder.read("selection.json")) is not None:
-            scores = {int(layer): heads for layer, heads in known.items()}
-        else:
+        scores = folder.read("selection.json", as_scores)
+        if scores is None:
             scores = train_gates(teacher.fresh(), recipe, tokens, folder=folder / "checkpoints" / "select", log=log, report=report)
             folder.write("selection.json", scores)
     what = choose_heads(recipe, teacher.config, scores)
@@ -118,8 +117,8 @@ def make_student(
 
 def judge(recipe: Recipe, teacher: Teacher, student: PreTrainedModel, tokens: Tokens, folder: RunFolder, report: Reporter) -> Rows:
     """The recipe's evals: teacher, sinks + window untrained, student. Kept in results.json."""
-    rows = folder.read("results.json")
-    if rows is None:
+    rows = folder.read("results.json", as_rows)
+    if rows is None or (recipe.evals.root and not rows):
         report.heading("Evaluate on held-out text")
         rows = evaluate(student, tokens, recipe.evals.root, teacher=teacher.fresh(), tokenizer=teacher.tokenizer, report=report)
         folder.write("results.json", rows)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import helpers
 import pytest
@@ -22,6 +24,7 @@ from subquad.evals import TASKS
 from subquad.folder import RunFolder, write_text
 from subquad.inputs import Teacher, read_documents
 from subquad.recipe import load_recipe, rewritten
+from subquad.report.collect import collect
 from subquad.run import run
 from subquad.selection import choose_heads
 from subquad.smoke import shrink_config, shrink_model, shrink_recipe
@@ -164,6 +167,39 @@ def test_a_strange_folder_is_refused(recipe_file, tmp_path):
     with pytest.raises(UserError, match="is a file"):
         run(str(recipe_file), tmp_path / "thesis.tex")
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# entry, what stands in it -> words of `run` and of `report`; None: it is made anew, not asked for, or a torn last line
+DAMAGED = [
+    ("plan.json", "{", "plan.json is damaged", "plan.json is damaged"),
+    ("plan.json", "[]", "plan.json is damaged", "plan.json is damaged"),
+    ("selection.json", "3", "selection.json is damaged", "selection.json is damaged"),
+    ("selection.json", "{}", "selection.json is damaged", "selection.json is damaged"),
+    ("results.json", "", "results.json is damaged", "results.json is damaged"),
+    ("results.json", "{}", "results.json is damaged", "results.json is damaged"),
+    ("results.json", "[3]", "results.json is damaged", "results.json is damaged"),
+    ("results.json", '[{"model": "student"}]', "results.json is damaged", "results.json is damaged"),
+    ("results.json", "[]", None, None),
+    ("recipe.yaml", "{", "recipe.yaml is damaged", "recipe.yaml, line 1"),
+    ("recipe.yaml", "3", "recipe.yaml is damaged", "recipe.yaml: expected a mapping"),
+    ("recipe.yaml", "", "recipe.yaml is damaged", "recipe.yaml: expected a mapping"),
+    ("log.jsonl", "3\n", None, "log.jsonl, line 1"),
+    ("log.jsonl", "{\n", None, "log.jsonl, line 1"),
+    ("log.jsonl", "{", None, None),
+]
+
+
+@pytest.mark.parametrize(("entry", "text", "running", "reporting"), DAMAGED)
+def test_a_damaged_entry_is_named(recipe_file, finished, tmp_path, entry, text, running, reporting):
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / entry).write_text(text)
+    with pytest.raises(UserError, match=reporting) if reporting else nullcontext():
+        collect(out)
+    if entry == "selection.json":
+        (out / "plan.json").unlink()  # or it is not asked for
+    with pytest.raises(UserError, match=running) if running else nullcontext():
+        run(str(recipe_file), out)
+    assert running or json.loads((out / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -35,11 +35,20 @@ class JsonLog:
             raise UserError(f"Cannot write the log {self.path}: {error.strerror}.") from error
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows; a last line torn by a kill is left out."""
+        """All rows; a last line torn by a kill is left out. UserError for any other line that is no row."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        return [self._row(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{self.path}, line {number}: damaged. Delete that line, then call again what you called.")
+        return row
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop rows of `stage` after `step` (a resumed run writes them again) and a torn last line. Replaced as one unit."""

@@ -1,15 +1,17 @@
 """What a run folder holds, read into one value. Every part but the plan may be missing."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from subquad.distill.log import JsonLog
 from subquad.errors import UserError
 from subquad.evals.rows import METRICS
+from subquad.folder import as_rows, as_scores, mapping, read_json
 from subquad.linearize.plan import Plan
+from subquad.settings import read_yaml
+
+AGAIN = "Save or download the student again."
 
 
 @dataclass
@@ -51,39 +53,38 @@ def collect(run: Path, evals: Path | None = None) -> Facts:
     if not evals.is_dir() and evals != run / "evals":
         raise UserError(f"No such folder: {evals}. Give what `subquad eval ... --out FOLDER` wrote.")
     student = run / "student" if (run / "student" / "config.json").is_file() else None
-    scores = _json(run / "selection.json")
-    rows = {(row["model"], row["metric"], row["setting"]): row for place in (run, evals) for row in _json(place / "results.json") or []}
+    measured = [row for place in (run, evals) for row in read_json(place / "results.json", _known) or []]
+    rows = {(row["model"], row["metric"], row["setting"]): row for row in measured}
     return Facts(
         run=run,
-        plan=Plan.from_dict(_json(run / "plan.json")),
-        recipe=yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")) if (run / "recipe.yaml").is_file() else {},
+        plan=read_json(run / "plan.json", lambda known: Plan.from_dict(mapping(known))),
+        recipe=read_yaml(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {},
         rows=list(rows.values()),
         log=_log(run / "log.jsonl"),
-        scores={int(layer): heads for layer, heads in scores.items()} if scores else None,
-        diagnosis=_json(evals / "diagnosis.json") or _json(run / "diagnosis.json"),
-        about=_json(evals / "about.json"),
-        provenance=(_json(student / "config.json") or {}).get("provenance", {}) if student is not None else {},
+        scores=read_json(run / "selection.json", as_scores),
+        diagnosis=read_json(evals / "diagnosis.json", _diagnosed) or read_json(run / "diagnosis.json", _diagnosed),
+        about=read_json(evals / "about.json", mapping),
+        provenance=read_json(student / "config.json", mapping, AGAIN).get("provenance", {}) if student is not None else {},
         student=student,
     )
 
 
-def _json(path: Path) -> Any | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Delete it and make it again.") from None
+def _known(value: Any) -> list[dict[str, Any]]:
+    """Rows whose metrics have a title and a unit."""
+    found = as_rows(value)
+    if unknown := {row["metric"] for row in found} - set(METRICS):
+        raise ValueError(f"unknown metrics: {', '.join(sorted(unknown))}")
+    return found
+
+
+def _diagnosed(value: Any) -> dict[str, Any]:
+    return {**mapping(value), "rows": _known(value["rows"]), "findings": [*value["findings"]]}
 
 
 def _log(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows by stage, in order; a last line that is cut short is left out."""
     stages: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in JsonLog(path).rows():
         if "loss" in row and "stage" in row:
             stages.setdefault(row["stage"], []).append(row)
     return stages
