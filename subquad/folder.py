@@ -154,6 +154,9 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # the temporary name says nothing to a reader
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

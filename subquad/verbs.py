@@ -165,9 +165,10 @@ def distill_folder(
 
 def open_student(name: Path) -> tuple[PreTrainedModel, Any]:
     """(student, tokenizer) of a student folder."""
-    if not hub.is_student(name):
+    if name.is_file() or not hub.is_student(name):
+        out = "FOLDER" if name.is_file() else name
         raise UserError(
-            f"{name} is no student folder. Make one: subquad linearize MODEL --out {name}, or subquad run RECIPE (then give DIR/student)."
+            f"{name} is no student folder. Make one: subquad linearize MODEL --out {out}, or subquad run RECIPE (then give DIR/student)."
         )
     return hub.load(name), load_tokenizer(str(name))
 

@@ -160,6 +160,8 @@ MISTAKES = {
     "encoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "bert"}').parent], ["bidirectional", "Mixers that are"]),
     "encoder and decoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "t5"}').parent], ["no causal language model"]),
     "no such layer": (lambda p: ["plan", p.teacher, "--exact", "9"], ["9", "0..2"]),
+    "nothing in --exact": (lambda p: ["plan", p.teacher, "--exact", ""], ["layers such as"]),
+    "no name of a model": (lambda p: ["plan", ""], ["No such model: ''"]),
     "stage longer than the text": (lambda p: p.recipe(stages=[p.stage(context=10**5, tokens=10**5)]), ["less than one context of 100,000"]),
     "stage of bfloat16": (lambda p: p.recipe(dtype="bfloat16"), ["kept as bfloat16", "float32"]),
     "stage of bfloat16, no selection": (lambda p: p.recipe(dtype="bfloat16", select=None, budget=None), ["kept as bfloat16"]),
@@ -167,7 +169,15 @@ MISTAKES = {
     "corrupt teacher, no selection": (lambda p: p.recipe(teacher=str(corrupt(p)), select=None, budget=None), ["damaged", "copy"]),
     "empty prompt in run": (lambda p: p.recipe(sample={"prompt": ""}), ["has no tokens"]),
     "empty prompt": (lambda p: ["chat", p.teacher, "--prompt", ""], ["has no tokens"]),
+    "file as a student": (lambda p: ["distill", p.text, "--out", p.out], ["no student folder"]),
     "out in a file": (lambda p: ["linearize", p.teacher, "--out", p.text / "x"], ["is a file"]),
+    "out of eval is a file": (lambda p: ["eval", student(p), "--data", p.text, "--out", p.text], ["is a file"]),
+    "out of diagnose is a file": (lambda p: ["eval", "diagnose", student(p), "--data", p.text, "--out", p.text], ["is a file"]),
+    "out of copy in a file": (lambda p: ["recipes", "copy", "quickstart", p.text / "x.yaml"], ["is a file"]),
+    "out of report is a folder": (lambda p: ["report", p.folder, "--out", p.teacher], ["is a folder", "report.html"]),
+    "teacher that is not measured": (lambda p: ["eval", p.folder, "--models", "student", "--teacher", "x"], ["--teacher", "--models"]),
+    "model without a mixer": (lambda p: ["mixers", "--model", p.teacher], ["which mixer"]),
+    "window without a model": (lambda p: ["mixers", "gla", "--window", 3], ["--model"]),
 }  # fmt: skip
 
 

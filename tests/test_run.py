@@ -205,8 +205,9 @@ def test_a_damaged_entry_is_named(recipe_file, finished, tmp_path, entry, text, 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     write_text(tmp_path / "a", "old")
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as caught:
         write_text(tmp_path / "a", "new")
+    assert caught.value.filename == str(tmp_path / "a")
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 

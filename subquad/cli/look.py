@@ -5,6 +5,9 @@ from typing import Annotated
 import typer
 
 from subquad.cli.shared import Json, Sinks, Window, app, command, make_plan, reporter, show, stop
+from subquad.errors import UserError
+
+WINDOW, SINKS = 64, 4
 
 
 @command(app)
@@ -26,13 +29,17 @@ def chat(
 def mixers(
     name: Annotated[str | None, typer.Argument(help="One mixer, in full.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="A model to say the state's bytes for.")] = None,
-    window: Window = 64,
-    sinks: Sinks = 4,
+    window: Window = WINDOW,
+    sinks: Sinks = SINKS,
     json: Json = False,
 ) -> None:
     """The mixers a recipe can name: where they come from, what they compute, what they remember."""
     from subquad.linearize.mixers import describe
 
+    if model is not None and name is None:
+        raise UserError(f"--model: say which mixer, for example subquad mixers gla --model {model}.")
+    if model is None and (window, sinks) != (WINDOW, SINKS):
+        raise UserError("--window and --sinks size the state in a model: give --model too, or leave them out.")
     if name is None:
         rows = describe.rows()
         return show(rows) if json else print(*(f"{r['name']:18} {' '.join(r['seeds']):14} {r['about']}" for r in rows), sep="\n")

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from subquad.cli.shared import STUDENT, Data, Folder, Json, Sets, TeacherName, app, command, eval_app, reporter, show
+from subquad.errors import UserError
+from subquad.folder import check_folder
 
 
 @command(eval_app, STUDENT)
@@ -34,9 +36,13 @@ def evaluate(
     from subquad import judging
     from subquad.evals import table
 
+    if out is not None:
+        check_folder(out)
     report = reporter(json)
     chosen = judging.chosen_tasks(tasks, suite, sets or [], benchmarks, limit)
     who = [name.strip() for name in models.split(",")] if models is not None else None
+    if teacher is not None and who == ["student"]:
+        raise UserError("--teacher: with --models student no teacher is measured. Leave one of the two out.")
     rows = judging.judge_folder(folder, chosen, data or ["pydoc"], teacher=teacher, who=who, out=out, report=report)
     show(rows) if json else table.render(rows, report.console)
 
@@ -106,6 +112,8 @@ def eval_diagnose(
     from subquad import diagnosis
     from subquad.evals import table
 
+    if out is not None:
+        check_folder(out)
     report = reporter(json)
     result = diagnosis.diagnose_folder(folder, data or ["pydoc"], teacher, sets or [], out, report)
     if json:

@@ -33,12 +33,15 @@ def recipes_show(recipe: str, sets: Sets = None, json: Json = False) -> None:
 @command(recipes_app, "copy")
 def recipes_copy(recipe: str, to: Annotated[Path, typer.Argument(help="The YAML file to write.")]) -> None:
     """A resolved copy to change and run."""
-    from subquad.folder import write_text
+    from subquad.folder import check_folder, write_text
     from subquad.recipe import load_recipe
 
     if to.exists():
         raise UserError(f"{to} exists already; choose another name.")
-    write_text(to, load_recipe(recipe).dump())
+    check_folder(to.parent)
+    text = load_recipe(recipe).dump()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    write_text(to, text)
     print(f"Run it with: subquad run {to}")
 
 

@@ -76,8 +76,8 @@ def boundary() -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL_DISK:
             stop([f"Cannot write {error.filename or 'the output'}: {error.strerror}. Free some space, then: {again()}"])
-        if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileNotFoundError):
-            stop([f"{error.strerror}: {error.filename}."])
+        if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileNotFoundError | FileExistsError):
+            stop([f"{error.strerror}: {error.filename}. Check that path, or give another."])
         raise
 
 
@@ -146,6 +146,8 @@ def parse_exact(text: str | None) -> list[int] | dict[int, list[int]] | None:
         return None
     try:
         pairs = [tuple(int(part) for part in item.split(":")) for item in text.split(",") if item.strip()]
+        if not pairs:
+            raise ValueError
         if all(len(pair) == 1 for pair in pairs):
             return [layer for (layer,) in pairs]
         heads: dict[int, list[int]] = {}

@@ -76,7 +76,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict]:
         if not path.is_file():
             raise UserError(f"No such file: {name}.")
         return str(path.parent), {"gguf_file": path.name}
-    if path.exists():
+    if name and path.exists():  # Path("") is the folder one is in
         if not (path / "config.json").is_file():
             raise UserError(
                 f"{name} holds no config.json: give a model folder, a .gguf file, a hub id, or an alias ({', '.join(ALIASES)})."

@@ -5,7 +5,8 @@ collect.py reads, pictures.py draws, page.py puts both into page.html.j2, card.p
 
 from pathlib import Path
 
-from subquad.folder import write_text
+from subquad.errors import UserError
+from subquad.folder import check_folder, write_text
 from subquad.report.card import write_card
 from subquad.report.collect import collect
 from subquad.report.page import render
@@ -18,8 +19,11 @@ def write(run: Path, out: Path | None = None, evals: Path | None = None) -> dict
 
     UserError when `run` is no run folder or matplotlib is missing.
     """
-    facts = collect(Path(run), evals)
     out = Path(out) if out is not None else Path(run) / "report.html"
+    check_folder(out.parent)
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; --out needs a file, for example {out / 'report.html'}.")
+    facts = collect(Path(run), evals)
     html = render(facts)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, html)
