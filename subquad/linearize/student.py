@@ -10,6 +10,7 @@ This module and everything it imports is also written into student folders, so t
 import copy
 import importlib
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def _teacher_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def student_class(base: type[PreTrainedModel], more: dict[str, Any] | None = None) -> type[PreTrainedModel]:
     """A subclass of the teacher's class, under its name, whose save_pretrained writes a student folder."""
     members = {
+        "__reduce_ex__": _reduce_ex,
         "save_pretrained": _save_pretrained,
         "teacher_class": base,
         "__module__": base.__module__,
@@ -127,6 +129,21 @@ def student_class(base: type[PreTrainedModel], more: dict[str, Any] | None = Non
         **(more or {}),
     }
     return type(base.__name__, (base,), members)
+
+
+def _reduce_ex(self, protocol):
+    """A class made here cannot be found by its name: copies and pickles make it again."""
+    _, _, *state = object.__reduce_ex__(self, protocol)
+    return _blank, (type(self).teacher_class,), *state
+
+
+def _blank(base: type[PreTrainedModel]) -> PreTrainedModel:
+    """A student without its modules, which come with the pickle's state."""
+    cls = _plain_class(base)
+    return cls.__new__(cls)
+
+
+_plain_class = cache(student_class)  # one for all students, so that a copy is of its original's class
 
 
 def student_config(model: PreTrainedModel) -> SubquadConfig:
@@ -194,7 +211,7 @@ def _write_code(folder: Path) -> None:
 def convert(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Carry out a plan on a model in place; returns the same object."""
     attach(model, plan)
-    model.__class__ = student_class(type(model))
+    model.__class__ = _plain_class(type(model))
     return model
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -151,7 +152,12 @@ def test_load_gives_the_same_numbers(tmp_path, mixer, family):
     for again in (subquad.load(tmp_path / "student"), AutoModelForCausalLM.from_pretrained(tmp_path / "student")):
         assert torch.equal(full(again, IDS), full(student, IDS))
         assert not again.training and again.subquad_plan == student.subquad_plan
+        assert torch.equal(full(copy_of(again), IDS), full(student, IDS))
         assert torch.equal(full(subquad.restore(again), IDS), full(teacher, IDS))
+
+
+def copy_of(model):
+    return pickle.loads(pickle.dumps(model))
 
 
 def test_text_part_of_a_larger_config(tmp_path):

@@ -6,6 +6,7 @@ Mixer parameters are random: as built, gates are nearly closed and these tests w
 Key: B batch, T tokens, D model size, G key/value heads, R query heads per key/value head, K key size, V value size, W window, N sinks.
 """
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -396,6 +397,12 @@ def test_packed_documents_are_separate_documents(case):
                 alone = mixer(part(call, slice(row, row + 1), slice(start, start + n)))
                 assert_near(out[row : row + 1, start : start + n], alone, MIXER, f"row {row} from {start}")
                 start += n
+
+
+@pytest.mark.parametrize("case", [*causal(), "gla levels"])
+def test_pickles(case):
+    mixer, call = mixer_of(case), call_of(20)
+    assert torch.equal(pickle.loads(pickle.dumps(mixer))(call), mixer(call))
 
 
 @every

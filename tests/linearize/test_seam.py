@@ -1,6 +1,7 @@
 """What arrives at the seam is honoured or refused, and the model stays an ordinary transformers model."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 from functools import partial
 
@@ -106,6 +107,16 @@ def test_a_copy_is_its_own_model(student):
     ids, mask = left_padded(IDS, (16, 3), 16)
     full(twin, ids, attention_mask=mask)
     assert torch.equal(full(student, IDS), wanted)
+    assert type(twin) is type(student)
+
+
+def test_a_pickle_is_its_own_model(student, tmp_path):
+    """torch.save and processes that are spawned pickle the whole model; its class is made in memory, and no module holds it."""
+    torch.save(student, tmp_path / "student.pt")
+    twin = torch.load(tmp_path / "student.pt", weights_only=False)
+    assert type(twin) is type(student) and twin.subquad_plan == student.subquad_plan
+    assert torch.equal(full(twin, IDS), full(student, IDS))
+    assert torch.equal(full(subquad.restore(twin), IDS), full(pickle.loads(pickle.dumps(twin)), IDS))
 
 
 def test_converting_twice_is_refused(student):

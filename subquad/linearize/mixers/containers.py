@@ -40,6 +40,18 @@ def written_slot_gate(shape: HeadShape, pieces: dict[str, Any]) -> nn.Module:
     return slot_gate(shape, pieces["slots"], 0.0 if WRITES[pieces["write"]].corrects else 6.0)
 
 
+def own_slot_gate(shape: HeadShape, pieces: dict[str, Any]) -> nn.Module:
+    return slot_gate(shape, pieces["slots"])
+
+
+def routes(shape: HeadShape, pieces: dict[str, Any]) -> nn.Module:
+    return Routes(shape, pieces["partitions"], pieces["top"])
+
+
+def level_weights(shape: HeadShape, pieces: dict[str, Any]) -> nn.Module:
+    return LevelWeights(shape)
+
+
 def level_states(shape: HeadShape, pieces: dict[str, Any], size: Size) -> dict[str, Size]:
     return {"sums": (LEVELS, *size), "written": ()}
 
@@ -63,11 +75,11 @@ CONTAINERS = {
     "plain": ContainerRow("one state per key/value head", "SEEDS 3.1"),
     "gated_slots": ContainerRow(
         "slots: K~ = f K~ + (1 - f) k, V~ likewise, read by softmax(K~ q)", "SEEDS B02", slot_states, "slot",
-        lambda shape, pieces: slot_gate(shape, pieces["slots"]), kept="slot", number="slots", reads={"additive": "gated_slots"}, slots=True, own=True,
+        own_slot_gate, kept="slot", number="slots", reads={"additive": "gated_slots"}, slots=True, own=True,
     ),
     "softmax_slots": ContainerRow(
         "slots: K~, V~ averages of k, v weighted by e^(W x), read by softmax(K~ q)", "SEEDS Dependencies, ABC", totalled_slots, "slot",
-        lambda shape, pieces: slot_gate(shape, pieces["slots"]), kept="slot", number="slots", reads={"additive": "softmax_slots"}, slots=True, own=True,
+        own_slot_gate, kept="slot", number="slots", reads={"additive": "softmax_slots"}, slots=True, own=True,
     ),
     "slots": ContainerRow(
         "slots: K~, V~ states of the write with e^(W x) in the place of phi(k), read by softmax(K~ q)", "SEEDS K11", written_slots, "slot",
@@ -75,10 +87,10 @@ CONTAINERS = {
     ),
     "partitions": ContainerRow(
         "partitions: sum_p e_p S_p^T q, e the largest of softmax(W x)", "SEEDS B08", one_state, "routes",
-        lambda shape, pieces: Routes(shape, pieces["partitions"], pieces["top"]), kept="route", number="partitions", times=True,
+        routes, kept="route", number="partitions", times=True,
     ),
     "levels": ContainerRow(
         "levels: sum_l lambda_l q.S_l over blocks of 1, 1, 2, 4, .. tokens, S_l a state of the write, lambda = softplus(W x)", "SEEDS B06", level_states, "levels",
-        lambda shape, pieces: LevelWeights(shape), reads={"additive": "levels", "delta": "delta_levels"},
+        level_weights, reads={"additive": "levels", "delta": "delta_levels"},
     ),
 }  # fmt: skip

@@ -109,6 +109,14 @@ def taylor2(y: Tensor) -> Tensor:
     return second_order(F.normalize(y, dim=-1))
 
 
+def _plus_one(size: int) -> int:
+    return size + 1
+
+
+def _second_order(size: int) -> int:
+    return 1 + size + pairs(size)
+
+
 def _row(fn, source: str, factor: int = 1, positive: bool = True, weight: bool = False, **more) -> FeatureMap:
     return FeatureMap(fn, factor, positive, source, weight=weight, **more)
 
@@ -148,8 +156,8 @@ FEATURE_MAPS = {
     "softmax": _row(softmax, "SEEDS A24, Liger"),
     "efficient": _row(softmax, "SEEDS A06", k_fn=bounded_exp),
     "norm_power": _row(norm_power_q, "SEEDS A13", factor=2, k_fn=norm_power_k),
-    "fast1": _row(taylor1, "SEEDS A26", width=lambda K: K + 1),
-    "fast2": _row(taylor2, "SEEDS A26", width=lambda K: 1 + K + pairs(K)),
+    "fast1": _row(taylor1, "SEEDS A26", width=_plus_one),
+    "fast2": _row(taylor2, "SEEDS A26", width=_second_order),
     "quadratic": _row(quadratic, "SEEDS E08, p = 2", positive=True, width=pairs, least=0.1),
     "favor": _module("favor", "SEEDS A01", exponential="qk"),
     "gmm": _module("gmm", "SEEDS A21", exponential="qk"),
