@@ -32,7 +32,7 @@ FAMILIES = {
 @pytest.mark.parametrize("mixer", PRESETS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_json_both_ways(tiny_llama, mixer, shape):
-    options = {} if mixer == "window" else {"mass": -3.0}
+    options = {"window": {}, "nha": {"slots": 16}}.get(mixer, {"mass": -3.0})
     plan = subquad.plan(tiny_llama, mixer=mixer, exact=SHAPES[shape], window=7, sinks=1, options=options)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from subquad.errors import UserError
+from subquad.errors import raise_all
 from subquad.linearize.mixers.base import HeadShape, Mixer
-from subquad.linearize.mixers.knobs import DEFAULTS, KNOB_CHOICES, clashes, clashes_both_ways
+from subquad.linearize.mixers.knobs import DEFAULTS, KNOB_CHOICES, READ_BY, clashes, clashes_both_ways
 from subquad.linearize.mixers.presets import MIXERS, Preset
 from subquad.linearize.mixers.score_weights import WEIGHTS, weight_clashes
 from subquad.registry import check_name, lookup, nearest
@@ -34,6 +34,9 @@ CHOICES = {
 }
 
 MAY_BE_ZERO = ("features", "cache")
+
+# Class -> what of its options only some pieces read (knobs.py says how).
+COUNTS = {"cell": READ_BY, "full": {"top": [{"blocks": (True,)}]}}
 
 
 def causal() -> tuple[str, ...]:
@@ -66,9 +69,31 @@ def pieces(name: str, options: dict[str, Any] | None = None, both_ways: bool = F
         problems += clashes_both_ways(name, {**DEFAULTS, **merged}) if both_ways and not problems else []
     if not problems and preset.uses == "full":
         problems += weight_clashes(name, merged)
-    if problems:
-        raise UserError(*problems)
+    raise_all(problems or unread(name, options or {}))
     return merged
+
+
+def unread(name: str, options: dict[str, Any]) -> list[str]:
+    """Sentences about options that change a value and that none of the chosen pieces reads."""
+    uses, conditions = MIXERS[name].uses, COUNTS.get(MIXERS[name].uses, {})
+    plain = {**(DEFAULTS if uses == "cell" else {}), **MIXERS[name].pieces}
+    chosen, problems = {**plain, **options}, []
+    for key, value in options.items():
+        lacking = None if value == plain.get(key) else _missed(key, chosen, conditions)
+        if lacking:
+            have = ", ".join(f"{knob}={chosen.get(knob, False)}" for knob in lacking if knob != key)
+            counts = "; ".join(f"{knob}={' or '.join(map(str, rows))}" for knob, rows in lacking.items())
+            problems.append(f"options.{key}: mixer {name!r} does not read it with {have}. It counts with {counts}.")
+    return problems
+
+
+def _missed(key: str, chosen: dict[str, Any], conditions: dict[str, list[dict[str, tuple]]]) -> dict[str, tuple] | None:
+    """The first condition of an option that no chosen piece meets; a piece that is not read itself meets none."""
+    for condition in conditions.get(key, ()):
+        met = (knob for knob, rows in condition.items() if chosen.get(knob) in rows)
+        if not any(knob == key or _missed(knob, chosen, conditions) is None for knob in met):
+            return condition
+    return None
 
 
 def mixer_class(name: str) -> type[Mixer]:

@@ -28,6 +28,24 @@ DEFAULTS = dict(
 # What each may be: a row's name, or a number.
 KNOB_CHOICES = {name: tuple(TABLES[name]) if name in TABLES else type(start) for name, start in DEFAULTS.items()}
 
+# What is read by some rows only: all of the conditions must hold, each by one of its knobs.
+_SEPARATE = ("gated", "added", "sequential", "alone")  # the branch has an output of its own
+_PARTITIONS = [{"container": ("partitions",)}]
+READ_BY = {
+    "mass": [{"combine": ("joint", "gated", "added", "sequential")}],
+    "rank": [{
+        "decay": ("vector", "own_vector", "dual"), "write": ("selective",), "position": ("selective", "phase"),
+        "output": ("norm_gate", "gate_norm", "gate"),
+    }],
+    "features": [{"feature_map": ("favor", "gmm", "codes", "codebook")}],
+    "horizon": [{"feature_map": ("cosine",)}],
+    "slots": [{"container": ("gated_slots", "softmax_slots", "slots")}],
+    "partitions": _PARTITIONS,
+    "top": _PARTITIONS,
+    "output": [{"combine": _SEPARATE}],
+    "normaliser": [{"combine": _SEPARATE, "normaliser": ("feature",)}, {"write": tuple(name for name, row in WRITES.items() if not row.corrects)}],
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Rows:
