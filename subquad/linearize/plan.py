@@ -4,16 +4,21 @@ Key: G key/value heads, R query heads per key/value head, K key size, V value si
 """
 
 import importlib
-from dataclasses import asdict, dataclass, field
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
-from subquad.errors import UserError
+from subquad.errors import UserError, raise_all
 from subquad.linearize.mixers import build, mixer_class, pieces
 from subquad.linearize.mixers.base import HeadShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# The smallest that each number may be; a window that is in use holds a token.
+LEAST = dict(index=0, hidden=1, kv_heads=1, groups=1, key=1, value=1, teacher_window=1, cached=0, window=0, sinks=0)
+_AGAIN = "Plans are written by subquad.plan: make it again, or save or download the student again."
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,47 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Plan":
-        """Read a plan; names in it are looked up in our tables only. UserError for keys or mixers this version does not know."""
+        """Read a plan; names in it are looked up in our tables only. UserError for keys or mixers this version does not know, and, all at once, for
+        values of another type or out of range."""
         try:
             layers = tuple(LayerPlan(**{**layer, "exact": tuple(layer["exact"])}) for layer in data["layers"])
             plan = cls(**{**data, "layers": layers})
         except (TypeError, KeyError) as error:
             raise UserError(f"This plan does not fit this version of subquad ({error}); it was written by another one.") from error
-        for layer in plan.converted:
-            pieces(layer.mixer, plan.options)
+        problems = _wrong_values(plan, "plan")
+        for i, layer in enumerate(layers):
+            problems += _wrong_values(layer, f"plan.layers.{i}") + _wrong_heads(layer, f"plan.layers.{i}")
+        problems += _wrong_mixers(plan) if isinstance(plan.options, dict) else []
+        raise_all([*problems, _AGAIN] if problems else [])
         return plan
+
+
+def _wrong_values(row: LayerPlan | Plan, where: str) -> list[str]:
+    """Values of another type, and numbers below their least."""
+    problems, least = [], LEAST | ({} if row.mixer is None else {"window": 1})
+    for name, kind, value in ((f.name, f.type, getattr(row, f.name)) for f in fields(row)):
+        kind = kind if isinstance(kind, types.UnionType) else typing.get_origin(kind) or kind
+        if isinstance(value, bool) or not isinstance(value, kind):
+            problems.append(f"{where}.{name}: got {value!r}, expected {kind if isinstance(kind, types.UnionType) else kind.__name__}.")
+        elif isinstance(value, int) and value < least[name]:
+            problems.append(f"{where}.{name}: got {value}, allowed: {least[name]} or more.")
+    return problems
+
+
+def _wrong_heads(layer: LayerPlan, where: str) -> list[str]:
+    heads = [*range(layer.kv_heads)] if isinstance(layer.kv_heads, int) else []
+    if all(type(g) is int and g in heads for g in layer.exact) and len({*layer.exact}) == len(layer.exact) < max(len(heads), 1):
+        return []
+    return [f"{where}.exact: got {[*layer.exact]}, allowed: key/value heads of 0..{len(heads) - 1}, each once and not all of them."]
+
+
+def _wrong_mixers(plan: Plan) -> list[str]:
+    """Mixers and options that this version does not know, or that the heads cannot have."""
+    problems: list[str] = []
+    for name in dict.fromkeys([plan.mixer, *(layer.mixer for layer in plan.converted)]):
+        try:
+            merged, cls = pieces(name, plan.options), mixer_class(name)
+            problems += {cls.misfit(layer.soft_shape, **merged) for layer in plan.converted if layer.mixer == name} - {""}
+        except UserError as error:
+            problems += error.problems
+    return problems

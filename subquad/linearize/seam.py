@@ -152,11 +152,23 @@ def _check(seam: LayerSeam, kwargs: dict) -> None:
         )
 
 
+def _check_sizes(seam: LayerSeam, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """A student's config.json may have been edited, and some mixers would run with other heads than the model's."""
+    total, shape = seam.module.mixer.total_kv_heads, seam.module.mixer.shape
+    planned = (total * shape.groups, total, shape.key, shape.value)
+    if planned != (has := (query.shape[1], key.shape[1], key.shape[3], value.shape[3])):
+        raise UserError(
+            f"Layer {seam.index} ({type(seam.module).__name__}): (query heads, key/value heads, key size, value size) are {planned} in the plan "
+            f"and {has} in the model. Save or download the student again."
+        )
+
+
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **kwargs) -> tuple[Tensor, None]:
     """The registered attention function: q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> o [B, T, H, V]."""
     seam: LayerSeam = module.seam
     note = seam.root.note
     every = tuple(range(module.mixer.total_kv_heads))
+    _check_sizes(seam, query, key, value)
     if note.mode.name != "student":
         exact = exact_attention(seam, query, key, value, attention_mask, every, **kwargs)
         if note.mode.name == "teacher":

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from subquad.errors import UserError
+from subquad.errors import UserError, first_line
 from subquad.linearize.plan import Plan
 from subquad.linearize.seam import is_causal, seams
 from subquad.linearize.surgery import attach, detach
@@ -40,19 +41,28 @@ class SubquadConfig(PreTrainedConfig):
 
     def teacher_config(self) -> PreTrainedConfig:
         """The teacher's config object; model types are looked up in transformers' own table."""
-        data = copy.deepcopy(self.teacher)
+        data = copy.deepcopy(self.teacher) if isinstance(self.teacher, dict) else {}
         model_type = data.pop("model_type", None)
-        if model_type is None:
+        if not isinstance(model_type, str):
             raise UserError("This config.json names no teacher: the folder was not written by subquad, or is damaged.")
-        try:
-            config = AutoConfig.for_model(model_type, **data)
-        except ValueError as error:
+        if model_type not in CONFIG_MAPPING:
             raise UserError(
                 f"This student was made from a {model_type!r} model, which the installed transformers does not know. Upgrade transformers."
+            )
+        try:
+            config = AutoConfig.for_model(model_type, **data)
+        except Exception as error:  # each family checks its numbers in its own way
+            raise UserError(
+                f"The teacher's part of config.json is no config of a {model_type!r} model ({_reason(error)}). Save or download the student again."
             ) from error
         config.dtype = self.dtype or config.dtype
         config._attn_implementation = self._attn_implementation
         return config
+
+
+def _reason(error: Exception) -> str:
+    """What a check of a config says: its first line is often only where it was made."""
+    return first_line(error.__cause__ or error)
 
 
 class SubquadForCausalLM(PreTrainedModel):

@@ -262,6 +262,13 @@ DAMAGE = {
     "config of a teacher": (edit_config(lambda c: c.update(model_type="llama")), "is not a student folder"),
     "no teacher in it": (edit_config(lambda c: c.pop("teacher")), "names no teacher"),
     "teacher of no known family": (edit_config(lambda c: c["teacher"].update(model_type="nonesuch")), "'nonesuch' model"),
+    "teacher of numbers that do not fit": (edit_config(lambda c: c["teacher"].update(hidden_size=63)), "no config of a 'llama' model .*63"),
+    "teacher of another type": (edit_config(lambda c: c["teacher"].update(hidden_size="a")), "no config of a 'llama' model .*hidden_size"),
+    "teacher no mapping": (edit_config(lambda c: c.update(teacher="llama")), "names no teacher"),
+    "plan of values that do not fit": (
+        edit_config(lambda c: c["plan"]["layers"][2].update(window=-1, exact=[9])),
+        "(?s)window: got -1.*exact: got",
+    ),
     "teacher that is no language model": (
         edit_config(lambda c: c.update(teacher={"model_type": "vit"})),
         "no causal language model for 'vit'",
@@ -278,6 +285,14 @@ def test_damaged_folder(copy, what):
     damage(copy)
     with pytest.raises(UserError, match=words):
         subquad.load(copy)
+
+
+def test_heads_that_only_the_plan_has(tmp_path):
+    """`window` has no weights that could be of another shape."""
+    hub.save(student_of(tiny_model(), window=6, sinks=2), tmp_path / "student")
+    edit_config(lambda c: c["plan"]["layers"][1].update(groups=4))(tmp_path / "student")
+    with pytest.raises(UserError, match=r"Layer 1 .* are \(8, 2, 16, 16\) in the plan and \(4, 2, 16, 16\) in the model"):
+        full(subquad.load(tmp_path / "student"), IDS)
 
 
 def test_no_folder(tmp_path):

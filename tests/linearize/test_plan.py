@@ -44,6 +44,19 @@ DAMAGE = {
     "layer without heads": (lambda d: d["layers"][0].pop("exact"), "does not fit this version"),
     "mixer of another version": (lambda d: d["layers"][0].update(mixer="glaa"), "Did you mean 'gla'"),
     "module path for a mixer": (lambda d: d["layers"][0].update(mixer="os:system"), "Unknown mixer"),
+    "no number": (lambda d: d["layers"][0].update(window="8"), r"plan.layers.0.window: got '8', expected int"),
+    "no whole number": (lambda d: d.update(window=8.0), r"plan.window: got 8.0, expected int"),
+    "yes for a number": (lambda d: d["layers"][1].update(sinks=True), r"plan.layers.1.sinks: got True, expected int"),
+    "no name": (lambda d: d["layers"][0].update(name=None), r"plan.layers.0.name: got None, expected str"),
+    "no options": (lambda d: d.update(options=["a"]), r"plan.options: got \['a'\], expected dict"),
+    "less than nothing": (lambda d: d["layers"][2].update(window=-1), r"plan.layers.2.window: got -1, allowed: 1 or more"),
+    "no window": (lambda d: d.update(window=0), r"plan.window: got 0, allowed: 1 or more"),
+    "no such head": (lambda d: d["layers"][0].update(exact=[9]), r"plan.layers.0.exact: got \[9\], allowed: key/value heads of 0..1"),
+    "every head": (lambda d: d["layers"][0].update(exact=[0, 1]), "each once and not all of them"),
+    "several": (
+        lambda d: (d["layers"][0].update(groups=0), d["layers"][1].update(exact=["0"]), d.update(sinks=-1, options={"bias": 1})),
+        r"(?s)plan.sinks: got -1.*plan.layers.0.groups: got 0.*plan.layers.1.exact: got \['0'\].*options.bias.*make it again",
+    ),
     "option of another version": (lambda d: d.update(options={"bias": 1}), "options.bias"),
 }
 

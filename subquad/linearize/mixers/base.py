@@ -68,6 +68,11 @@ class Mixer(nn.Module):
         return min(tokens, window), sinks
 
     @classmethod
+    def misfit(cls, shape: HeadShape, **pieces) -> str:
+        """Why heads of this shape cannot have it; nothing if they can."""
+        return ""
+
+    @classmethod
     def extra_size(cls, shape: HeadShape, **pieces) -> int:
         """Numbers (fp32) per token of the window and key/value head that are kept with it (gates)."""
         return 0

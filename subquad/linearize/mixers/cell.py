@@ -206,6 +206,15 @@ class Cell(Mixer):
         return 4 * sum(torch.Size(size).numel() for size in part_shapes(shape, {**DEFAULTS, **pieces}).values())
 
     @classmethod
+    def misfit(cls, shape: HeadShape, **pieces) -> str:
+        p = {**DEFAULTS, **pieces}
+        features, phases = base_features(shape, p), rows_of(p).position.phases
+        made = f"feature_map {p['feature_map']} makes {features} features of a key of {shape.key} numbers"
+        if features < 1:
+            return f"{made}: raise options.features."
+        return f"position {p['position']} turns pairs of features, and {made}." if phases and features % phases else ""
+
+    @classmethod
     def extra_size(cls, shape: HeadShape, **pieces) -> int:
         p = {**DEFAULTS, **pieces}
         return sum(kept_sizes(shape, p).values()) if COMBINES[p["combine"]].older else 0  # written at once, nothing has to wait
