@@ -25,6 +25,7 @@ from subquad.healing import heal, stage_problems
 from subquad.linearize import Plan, hub, linearize, plan, restore
 from subquad.linearize.params import mixer_parameters
 from subquad.linearize.state import MixerState, cache_bytes
+from subquad.linearize.surgery import plan_of
 from subquad.linearize.teacher import load_teacher, load_tokenizer
 from subquad.progress import Reporter
 from subquad.recipe import EvalTasks
@@ -107,6 +108,7 @@ def distill(
     teacher: asked by stages that move more than mixers or adapters. Without one, the student's own exact model is copied, which is the
     teacher as long as the student has not been trained before.
     """
+    plan_of(student)
     checked = [stage if isinstance(stage, Stage) else validate(Stage, stage, f"stages.{i}.") for i, stage in enumerate(stages)]
     folder = Path(folder)
     check_folder(folder)
@@ -190,7 +192,7 @@ def trained_tokens(student: PreTrainedModel) -> int:
 
 def untrained_window(teacher: PreTrainedModel, student: PreTrainedModel) -> PreTrainedModel:
     """The row every table has: the student's window and sinks in every layer its plan chose from, no exact heads, no training."""
-    of = student.subquad_plan
+    of = plan_of(student)
     layers = [layer.index for layer in of.layers if layer.mixer is not None or layer.why == "kept exact"]
     return linearize(twin(teacher), plan(teacher, mixer="window", window=of.window, sinks=of.sinks, layers=layers))
 

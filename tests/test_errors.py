@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import save_teacher, tiny_model, tiny_recipe, tiny_tokenizer, write_recipe
+from helpers import save_teacher, tiny_model, tiny_recipe, tiny_tokenizer, words, write_recipe
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import subquad
+from subquad import UserError
 from subquad.cli import app
+from subquad.distill.data import Document, Tokens, load_documents
 
 
 class Place:
@@ -159,6 +162,10 @@ MISTAKES = {
     "out is a file": (lambda p: ["run", *p.recipe()[1:3], p.text], ["is a file"]),
     "encoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "bert"}').parent], ["bidirectional", "Mixers that are"]),
     "encoder and decoder": (lambda p: ["plan", text_named(p, "config.json", b'{"model_type": "t5"}').parent], ["no causal language model"]),
+    "option that nothing reads": (
+        lambda p: ["plan", p.teacher, "--mixer", "gla", "--set", "options.slots=99"],
+        ["options.slots", "container=plain", "It counts with container=gated_slots or softmax_slots or slots."],
+    ),
     "no such layer": (lambda p: ["plan", p.teacher, "--exact", "9"], ["9", "0..2"]),
     "nothing in --exact": (lambda p: ["plan", p.teacher, "--exact", ""], ["layers such as"]),
     "no name of a model": (lambda p: ["plan", ""], ["No such model: ''"]),
@@ -179,6 +186,48 @@ MISTAKES = {
     "model without a mixer": (lambda p: ["mixers", "--model", p.teacher], ["which mixer"]),
     "window without a model": (lambda p: ["mixers", "gla", "--window", 3], ["--model"]),
 }  # fmt: skip
+
+
+def text_stage() -> list:
+    return [{"name": "a", "train": "mixers", "inputs": "own", "losses": {"kl": 1.0}, "tokens": 64, "context": 32, "lr": 1e-3}]
+
+
+# From Python: what -> (call of an unconverted model and a folder, words the UserError must hold)
+CALLS = {
+    "restore": (lambda m, f: subquad.restore(m), "LlamaForCausalLM is not converted: call subquad.linearize"),
+    "distill": (lambda m, f: subquad.distill(m, text_stage(), words(900), folder=f, tokenizer=tiny_tokenizer()), "is not converted"),
+    "evaluate": (lambda m, f: subquad.evaluate(m, tokens_of(900), {"perplexity": {"context": 32}}, teacher=m), "is not converted"),
+    "plan a name": (lambda m, f: subquad.plan("teacher"), "takes a transformers model or its config, got 'teacher' .str.. Open one"),
+    "linearize a name": (lambda m, f: subquad.linearize("teacher", subquad.plan(m)), "takes a transformers model, got 'teacher'"),
+    "no plan": (lambda m, f: subquad.linearize(m, None), "linearize takes a plan, got None"),
+    "other heads": (
+        lambda m, f: subquad.linearize(m, subquad.plan(tiny_model(num_key_value_heads=4))),
+        "Layers 0..2 of 'llama': the plan says kv_heads 4, groups 1, the model has kv_heads 2, groups 2. Make the plan from this model",
+    ),
+    "other sizes": (
+        lambda m, f: subquad.linearize(m, subquad.plan(tiny_model(head_dim=32))),
+        "key 32, value 32, the model has key 16, value 16",
+    ),
+    "other window": (
+        lambda m, f: subquad.linearize(tiny_model("mistral", sliding_window=8), subquad.plan(tiny_model("mistral", sliding_window=None))),
+        "the plan says teacher_window None, the model has teacher_window 8",
+    ),
+    "a number as data": (lambda m, f: load_documents(5), "a name, a path or a list of them, got 5"),
+    "a text as data": (lambda m, f: load_documents(words(900)), "A data source is 'pydoc', a text file"),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_mistake_from_python(tmp_path, what):
+    call, expected = CALLS[what]
+    model = tiny_model()
+    with pytest.raises(UserError, match=expected):
+        call(model, tmp_path / "out")
+    assert not hasattr(model, "subquad_plan") and not (tmp_path / "out").exists()
+
+
+def tokens_of(count: int) -> Tokens:
+    return Tokens.from_documents([Document("words", words(count))], tiny_tokenizer())
 
 
 def tiny_text(place):

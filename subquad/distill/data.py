@@ -5,6 +5,7 @@ That is why resuming needs no loader state.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from subquad.errors import UserError, raise_all
 from subquad.settings import expand
 
-Source = str | Sequence["Source"]
+Source = str | Path | Sequence["Source"]
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 # A JSON line's text: the first row whose fields are all there, joined by a newline. Multiple choice rows have choices and gold (an index).
@@ -71,7 +72,11 @@ def load_documents(source: Source) -> list[Document]:
 
 
 def _flat(source: Source) -> list[str]:
-    return [source] if isinstance(source, str) else [name for part in source for name in _flat(part)]
+    if isinstance(source, str | Path):
+        return [str(source)]
+    if not isinstance(source, list | tuple):
+        raise UserError(f"A data source is a name, a path or a list of them, got {source!r}.")
+    return [name for part in source for name in _flat(part)]
 
 
 def _load(name: str) -> list[Document] | None:
@@ -79,12 +84,12 @@ def _load(name: str) -> list[Document] | None:
     path = Path(name).expanduser()
     if name == "pydoc":
         return _pydoc()
-    if path.is_dir():
+    if os.path.isdir(path):  # no error for a text in the place of a name, which is too long for one
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
             raise UserError(f"The folder {name} holds no {', '.join(SUFFIXES)} file.")
         return [document for file in files for document in _file(file)]
-    if path.is_file():
+    if os.path.isfile(path):
         return _file(path)
     if _HUB_NAME.fullmatch(name):
         return _dataset(*name.split(":"))

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 from subquad.linearize.plan import Plan
-from subquad.linearize.planner import plan
+from subquad.linearize.planner import check_fits, plan
 from subquad.linearize.student import convert, restore
 
 __all__ = ["Plan", "linearize", "plan", "restore"]
@@ -14,4 +14,5 @@ def linearize(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
     Nothing is trained and no weights are copied. Raises UserError, before anything is touched, when the plan does not fit the model.
     """
+    check_fits(model, plan)
     return convert(model, plan)

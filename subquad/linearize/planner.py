@@ -3,14 +3,15 @@
 Key: G key/value heads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from subquad.errors import UserError, raise_all
-from subquad.linearize.mixers import MIXERS, pieces
+from subquad.linearize.mixers import MIXERS, mixer_class, pieces
 from subquad.linearize.plan import LayerPlan, Plan
 from subquad.linearize.seam import HARMLESS, HONOURED, REFUSED
 from subquad.linearize.shapes import Found, attention_layers
@@ -19,6 +20,9 @@ from subquad.linearize.shapes import Found, attention_layers
 FULL = ("full_attention", "hybrid")
 CONVERTIBLE = (*FULL, "sliding_attention", "hybrid_sliding")
 _REFUSED = "refused: "
+_OPEN = "Open one with transformers: AutoModelForCausalLM.from_pretrained(...)."
+# What a plan must say as the model has it.
+SIZES = ("index", "hidden", "kv_heads", "groups", "key", "value", "teacher_window")
 
 Heads = Sequence[int | Mapping[int, Sequence[int]]] | Mapping[int, Sequence[int]]
 
@@ -35,25 +39,27 @@ def plan(
 ) -> Plan:
     """Say what would become what; nothing is changed and no weights are needed.
 
-    mixer: a row of MIXERS. window, sinks: tokens. exact: layers that stay as they are, {layer: key/value heads that stay exact}, or a list of both.
+    mixer: a row of MIXERS. window, sinks: tokens.
+    exact: layers that stay as they are, {layer: key/value heads that stay exact}, or a list of both; one layer is [layer], too.
     layers: convert only these. Default: every full-attention layer; layers where the teacher runs a window of its own only when they are named,
     or when the model has no others.
     options: the mixer's own (feature_map, decay, ...). Raises UserError with every problem found.
     """
+    if not isinstance(model_or_config, PreTrainedConfig | PreTrainedModel):
+        raise UserError(f"plan takes a transformers model or its config, got {_given(model_or_config)}. {_OPEN}")
     config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
     cls = None if isinstance(model_or_config, PreTrainedConfig) else _teacher_class(model_or_config)
     found = attention_layers(config, cls)
     options = dict(options or {})
-    pieces(mixer, options)
+    merged = pieces(mixer, options)
+    raise_all(_check_numbers(window, sinks) + (_check_forms(exact, layers) or _check_layers(found, _heads(exact), layers)))
     heads = _heads(exact)
-    problems = _check_numbers(window, sinks) + _check_layers(found, heads, layers)
-    raise_all(problems)
     if layers is None and all(_own(f) for f in found):
         layers = [f.index for f in found if f.kind in CONVERTIBLE] or None
     if not any(f.causal for f in found) and MIXERS[mixer].uses == "cell":
         options = {**options, "combine": "alone"}  # an encoder reads all tokens at once: there is nothing older than a window
-        pieces(mixer, options, both_ways="bidirectional" in MIXERS[mixer].directions)  # other presets are refused as a whole below
-    rows = [_layer(f, mixer, window, sinks, heads.get(f.index, ()), layers) for f in found]
+        merged = pieces(mixer, options, both_ways="bidirectional" in MIXERS[mixer].directions)  # other presets are refused as a whole below
+    rows = [_layer(f, mixer, window, sinks, heads.get(f.index, ()), layers, merged) for f in found]
     raise_all(_refusals(rows, config.model_type))
     if not any(row.mixer for row in rows):
         reasons = "; ".join(sorted({row.why or "kept exact" for row in rows}))
@@ -78,23 +84,75 @@ def with_exact(base: Plan, exact: Mapping[int, Sequence[int]]) -> Plan:
     return replace(base, layers=tuple(rows))
 
 
+def check_fits(model: PreTrainedModel, made: Plan) -> None:
+    """Raise UserError unless the converted layers of `made` are the model's own, size by size. Names that it does not have are left to `attach`."""
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"linearize takes a transformers model, got {_given(model)}. {_OPEN}")
+    if not isinstance(made, Plan):
+        raise UserError(f"linearize takes a plan, got {_given(made)}. Make one: subquad.plan(model, ...).")
+    found = {f.name: _row(f) for f in attention_layers(model.config, _teacher_class(model))}
+    problems = []
+    for layer in made.converted:
+        other = [name for name in SIZES if layer.name in found and getattr(layer, name) != getattr(found[layer.name], name)]
+        if other:
+            said, has = (", ".join(f"{name} {getattr(row, name)}" for name in other) for row in (layer, found[layer.name]))
+            problems.append(
+                (layer.index, f"the plan says {said}, the model has {has}. Make the plan from this model: subquad.plan(model, ...).")
+            )
+    raise_all(_grouped(problems, model.config.model_type))
+
+
+def _given(x: Any) -> str:
+    return f"{x!r} ({type(x).__name__})" if isinstance(x, str | int | float) or x is None else f"a {type(x).__name__}"
+
+
 def _teacher_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     return getattr(type(model), "teacher_class", type(model))
 
 
 def _check_numbers(window: int, sinks: int) -> list[str]:
-    problems = []
-    if window < 1:
+    problems = [f"{name}: got {x!r}, expected a whole number." for name, x in (("window", window), ("sinks", sinks)) if not _whole(x)]
+    if _whole(window) and window < 1:
         problems.append(f"window: got {window}, a window holds at least 1 token.")
-    if sinks < 0:
+    if _whole(sinks) and sinks < 0:
         problems.append(f"sinks: got {sinks}, allowed: 0 or more.")
     return problems
+
+
+def _check_forms(exact: Any, layers: Any) -> list[str]:
+    """Nothing but lists of whole numbers: a number alone could be a layer or how many, and one in quotes would match no layer."""
+    problems = []
+    if layers is not None and not _wholes(layers):
+        problems.append(f"layers: got {layers!r}, expected a list of layers (whole numbers), for example [0, 3].")
+    entries = [exact] if isinstance(exact, Mapping) else [] if exact is None else exact
+    heads = [entry for entry in entries if isinstance(entry, Mapping)] if _listed(entries) else []
+    if (
+        not _listed(entries)
+        or not _wholes([entry for entry in entries if not isinstance(entry, Mapping)])
+        or not all(_wholes(entry) and all(map(_wholes, entry.values())) for entry in heads)
+    ):
+        problems.append(
+            f"exact: got {exact!r}, expected layers (whole numbers), key/value heads of layers, or both: [0, 3], {{3: [0, 1]}}, [0, {{3: [0, 1]}}]."
+        )
+    return problems
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _listed(x: Any) -> bool:
+    return isinstance(x, Collection) and not isinstance(x, str | bytes)
+
+
+def _wholes(x: Any) -> bool:
+    return _listed(x) and all(map(_whole, x))
 
 
 def _check_layers(found: list[Found], heads: Mapping[int, Sequence[int] | None], layers: Sequence[int] | None) -> list[str]:
     kv = {f.index: f.kv_heads for f in found}
     known = f"layers with attention: {_ranges(sorted(kv))}"
-    problems = [f"layers: {i} is not an attention layer; {known}." for i in layers or () if i not in kv]
+    problems = [f"layers: {i} is not an attention layer; {known}." for i in ([] if layers is None else layers) if i not in kv]
     for i, kept in heads.items():
         if i not in kv:
             problems.append(f"exact: {i} is not an attention layer; {known}.")
@@ -114,10 +172,10 @@ def _ranges(numbers: list[int]) -> str:
 def _heads(exact: Heads | None) -> dict[int, tuple[int, ...] | None]:
     """{layer: heads}; None stands for all heads."""
     kept: dict[int, tuple[int, ...] | None] = {}
-    for entry in [exact] if isinstance(exact, Mapping) else exact or ():
+    for entry in [exact] if isinstance(exact, Mapping) else [] if exact is None else exact:
         for layer, heads in entry.items() if isinstance(entry, Mapping) else [(entry, None)]:
             before = kept.get(layer, ())
-            kept[layer] = None if heads is None or before is None else tuple(sorted({*before, *heads}))
+            kept[int(layer)] = None if heads is None or before is None else tuple(sorted({*before, *map(int, heads)}))
     return kept
 
 
@@ -126,29 +184,43 @@ def _own(f: Found) -> bool:
     return f.window is not None or f.kind not in FULL
 
 
-def _layer(f: Found, mixer: str, window: int, sinks: int, kept: tuple[int, ...] | None, layers: Sequence[int] | None) -> LayerPlan:
-    named = layers is not None and f.index in layers
-    row = LayerPlan(f.index, f.name, f.hidden, f.kv_heads, f.query_heads // f.kv_heads, f.key, f.value, f.kind, f.window, f.cached)
+def _row(f: Found) -> LayerPlan:
+    """The layer as the teacher has it."""
+    return LayerPlan(f.index, f.name, f.hidden, f.kv_heads, f.query_heads // f.kv_heads, f.key, f.value, f.kind, f.window, f.cached)
+
+
+def _layer(
+    f: Found,
+    mixer: str,
+    window: int,
+    sinks: int,
+    kept: tuple[int, ...] | None,
+    layers: Sequence[int] | None,
+    merged: Mapping[str, Any],
+) -> LayerPlan:
+    named, row = layers is not None and f.index in layers, _row(f)
     if layers is not None and not named:
         return replace(row, why="not named")
     if kept is None or len(kept) == f.kv_heads:
         return replace(row, why="kept exact")
     if _own(f) and not named:
         return replace(row, why=f"the teacher runs {f.kind if f.window is None else f'a window of {f.window}'} here")
-    problem = _refusal(f, mixer)
-    if problem:
-        return replace(row, why=_REFUSED + problem)
     if f.window is not None:
         window = min(window, f.window)
-    return replace(row, mixer=mixer, exact=kept, window=window, sinks=sinks)
+    converted = replace(row, mixer=mixer, exact=kept, window=int(window), sinks=int(sinks))
+    problem = _refusal(f, mixer) or mixer_class(mixer).misfit(converted.soft_shape, **merged)
+    return replace(row, why=_REFUSED + problem) if problem else converted
 
 
 def _refusals(rows: list[LayerPlan], model_type: str) -> list[str]:
-    """One sentence for all layers that are refused for the same reason."""
+    return _grouped([(row.index, row.why.removeprefix(_REFUSED)) for row in rows if row.why.startswith(_REFUSED)], model_type)
+
+
+def _grouped(found: list[tuple[int, str]], model_type: str) -> list[str]:
+    """One sentence for all layers that have the same problem."""
     layers: dict[str, set[int]] = {}
-    for row in rows:
-        if row.why.startswith(_REFUSED):
-            layers.setdefault(row.why.removeprefix(_REFUSED), set()).add(row.index)
+    for index, why in found:
+        layers.setdefault(why, set()).add(index)
     return [f"Layer{'s' * (len(which) > 1)} {_ranges(sorted(which))} of {model_type!r}: {why}" for why, which in layers.items()]
 
 

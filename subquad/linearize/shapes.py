@@ -30,6 +30,8 @@ PROBE = "subquad_probe"
 TOKENS = 2
 _seen: list = []
 _inputs: dict[type, tuple] = {}  # class of attention module -> (args, kwargs) of its latest call
+_known: dict[tuple, list["Found"]] = {}  # of the latest configs: `plan` and `linearize` ask about the same model
+KNOWN = 8
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,15 @@ def empty_model(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = No
 
 def attention_layers(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> list[Found]:
     """Every self-attention module that calls the attention interface, in layer order. UserError for models where none does."""
+    key = (cls, type(config), repr(config.to_dict()))
+    if key not in _known:
+        _known[key] = _look(config, cls)
+        for oldest in list(_known)[:-KNOWN]:
+            del _known[oldest]
+    return list(_known[key])
+
+
+def _look(config: PreTrainedConfig, cls: type[PreTrainedModel] | None) -> list[Found]:
     try:
         model = empty_model(config, cls)
     except Exception as error:  # whatever the model's own code makes of the config

@@ -6,7 +6,7 @@ Everything is checked before the first module is touched, so a refused plan leav
 import torch
 import torch.nn as nn
 
-from subquad.errors import raise_all
+from subquad.errors import UserError, raise_all
 from subquad.linearize.calls import ModelHooks, Root
 from subquad.linearize.mixers import build
 from subquad.linearize.plan import Plan
@@ -37,9 +37,20 @@ def attach(model: nn.Module, plan: Plan) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Take everything out again: the model is the teacher with its present weights."""
+    """Take everything out again: the model is the teacher with its present weights. UserError for a model that is not converted."""
+    plan_of(model)
     for seam in seams(model):
         seam.detach()
         del seam.module.mixer
     model.subquad_hooks.remove()
     del model.subquad_hooks, model.subquad_plan
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a model was converted by. UserError for one that is not converted."""
+    plan = getattr(model, "subquad_plan", None)
+    if plan is None:
+        raise UserError(
+            f"This {type(model).__name__} is not converted: call subquad.linearize(model, plan) first, or subquad.load a student."
+        )
+    return plan

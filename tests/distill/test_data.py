@@ -1,5 +1,6 @@
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ FOLDER = ["ay", "bee", "one", "q\na", "p\nc", "2+2=\n4", "only"]
     ("source", "texts"),
     [
         ("{}/b.txt", ["bee"]),
+        (Path("{}/b.txt"), ["bee"]),
         ("{}", FOLDER),
         (["{}/b.txt", ["{}/a.md"]], ["bee", "ay"]),
         ("${{CORPUS}}/a.md", ["ay"]),
@@ -35,7 +37,7 @@ def test_sources(corpus, monkeypatch, source, texts):
     monkeypatch.setenv("CORPUS", str(corpus))
 
     def fill(part):
-        return part.format(corpus) if isinstance(part, str) else [fill(each) for each in part]
+        return type(part)(str(part).format(corpus)) if isinstance(part, str | Path) else [fill(each) for each in part]
 
     assert [document.text for document in load_documents(fill(source))] == texts
 

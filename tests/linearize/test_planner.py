@@ -55,6 +55,7 @@ EXACT = {
     "layers and heads": ([2, {1: [1]}], ["gla", "gla", None], [(), (1,), ()]),
     "a layer in two entries": ([{1: [0]}, {1: [1], 0: [1]}], ["gla", None, "gla"], [(1,), (), ()]),
     "a head named twice": ({1: [1, 1]}, ["gla"] * 3, [(), (1,), ()]),
+    "a range": (range(2), [None, None, "gla"], [(), (), ()]),
 }
 
 
@@ -94,6 +95,18 @@ PROBLEMS = {
     "exact layer": (dict(exact=[7]), ["exact: 7 is not an attention layer; layers with attention: 0..2."]),
     "exact in a list": (dict(exact=[7, {1: [2]}]), ["exact: 7 is not", "exact: layer 1 has key/value heads 0..1, got 2."]),
     "exact head": (dict(exact={1: [0, 2]}), ["exact: layer 1 has key/value heads 0..1, got 2."]),
+    "window of a fraction": (
+        dict(window=8.0, sinks="4"),
+        ["window: got 8.0, expected a whole number.", "sinks: got '4', expected a whole"],
+    ),
+    "one layer, no list": (
+        dict(exact=0, layers=1),
+        ["exact: got 0, expected layers (whole numbers)", "layers: got 1, expected a list of layers"],
+    ),
+    "a layer in quotes": (dict(exact="0"), ["exact: got '0', expected layers (whole numbers)"]),
+    "layers in quotes": (dict(exact=["0"], layers=["1"]), ["exact: got ['0'], expected layers", "layers: got ['1'], expected a list"]),
+    "exact after JSON": (dict(exact={"0": [1]}), ["exact: got {'0': [1]}, expected layers (whole numbers)"]),
+    "one head, no list": (dict(exact=[2, {0: 1}]), ["exact: got [2, {0: 1}], expected layers (whole numbers)"]),
     "option": (dict(mixer="gla", options={"featuremap": "x"}), ["options.featuremap: no such option. Did you mean 'feature_map'?"]),
     "option value": (dict(mixer="gla", options={"decay": "vectr"}), ["options.decay: got 'vectr', allowed: none, scalar, vector, "]),
     "option type": (dict(mixer="gla", options={"rank": True}), ["options.rank: expected a int, got True."]),
@@ -150,6 +163,24 @@ PROBLEMS = {
     "blocks of other weights": (dict(mixer="moba", options={"weights": "sigmoid"}), ["it goes with weights softmax and near false, not sigmoid, False"]),
     "blocks in a window": (dict(mixer="swat", options={"weights": "softmax", "blocks": True}), ["not softmax, True"]),
     "phases with decays by channel": (dict(mixer="mamba", options={"position": "phase"}), ["write selective goes with normaliser none"]),
+    "options that nothing reads": (
+        dict(mixer="gla", options={"features": 7, "slots": 99, "horizon": 9, "rank": 8, "partitions": 4}),
+        [
+            "options.features: mixer 'gla' does not read it with feature_map=hedgehog_softmax. It counts with feature_map=favor or gmm or",
+            "options.slots: mixer 'gla' does not read it with container=plain. It counts with container=gated_slots or softmax_slots or slots.",
+            "options.horizon: mixer 'gla' does not read it with feature_map=hedgehog_softmax. It counts with feature_map=cosine.",
+        ],
+    ),
+    "a rank that nothing reads": (
+        dict(mixer="deltanet", options={"rank": 8}),
+        ["does not read it with decay=none, write=delta, position=keep, output=norm. It counts with decay=vector or own_vector or dual;"],
+    ),
+    "an output under a joint normaliser": (dict(mixer="window_linear", options={"output": "norm"}), ["not read it with combine=joint"]),
+    "blocks that are not chosen": (dict(mixer="fox", options={"top": 9}), ["not read it with blocks=False. It counts with blocks=True."]),
+    "no features": (
+        dict(mixer="kernelized", options={"features": 1}),
+        ["makes 0 features of a key of 16 numbers: raise options.features."],
+    ),
     "nothing left": (dict(exact=[0, 1, 2]), ["Nothing to convert in 'llama': kept exact."]),
     "several": (
         dict(window=0, sinks=-2, layers=[9], exact={0: [5], 8: [0]}),
@@ -176,6 +207,7 @@ MODELS = {
         {"head_dim": 16, "num_local_experts": 4, "attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 3},
         "runs chunked_attention here",
     ),
+    "pairs of an odd size": ("gpt2", {"hidden_size": 60}, "turns pairs of features, and feature_map identity makes 15 features"),
     "no language model": ("vit", {}, "no causal language model for model type 'vit'"),
 }
 
@@ -183,9 +215,9 @@ MODELS = {
 @pytest.mark.parametrize("what", MODELS)
 def test_models_that_cannot_be_planned(what):
     model_type, changes, words = MODELS[what]
-    more = {"layers": [0]} if "named" in what else {}
+    more = {"layers": [0]} if "named" in what else {"mixer": "selective_rope"} if "pairs" in what else {}
     with pytest.raises(UserError, match=words):
-        subquad.plan(AutoConfig.for_model(model_type, **SIZES, **changes), **more)
+        subquad.plan(AutoConfig.for_model(model_type, **{**SIZES, **changes}), **more)
 
 
 @pytest.mark.parametrize("mixer", PRESETS)
