@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator, m
 
 from subquad.distill.stage import Count, Number, Positive, Share, Stage, Whole
 from subquad.errors import UserError, raise_all
-from subquad.evals import task_settings
+from subquad.evals import not_whole, task_settings
 from subquad.linearize.mixers import MIXERS, pieces
 from subquad.registry import check_name, nearest, unknown_settings
 from subquad.settings import apply_sets, expand, merge, read_yaml, validate
@@ -179,14 +179,15 @@ def _stage_dict(stage: Stage) -> dict[str, Any]:
 
 
 def task_problems(name: str, settings: Any) -> list[str]:
-    """What is wrong with one eval task's settings: an unknown task, no mapping, or a key the task's function does not take."""
+    """What is wrong with one eval task's settings: an unknown task, no mapping, a key the task's function does not take, or no whole
+    number where it takes one."""
     try:
         allowed = task_settings(name)
     except UserError as error:
         return list(error.problems)
     if not isinstance(settings, dict):
         return [f"{name}: expected a mapping of settings, got {settings!r}; {{}} takes the defaults. Settings: {', '.join(allowed)}."]
-    return unknown_settings(settings, allowed, f"{name}.")
+    return unknown_settings(settings, allowed, f"{name}.") + not_whole(name, settings)
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # torch is slow to import; recipes and the command line want 
 
     from subquad.evals.models import Models
 
-__all__ = ["TASKS", "Row", "evaluate", "handed", "problems", "task_settings"]
+__all__ = ["TASKS", "Row", "evaluate", "handed", "not_whole", "problems", "task_settings"]
 
 TASKS = {
     "perplexity": "subquad.evals.perplexity:perplexity",
@@ -125,6 +125,17 @@ def problems(tokens: "Tensor", tasks: Mapping[str, Mapping[str, Any]]) -> list[s
 def task_settings(name: str) -> list[str]:
     """What may be set of a task: its parameters with a default."""
     return [key for key, default in _parameters(name).items() if default is not inspect.Parameter.empty]
+
+
+def not_whole(name: str, settings: Mapping[str, Any]) -> list[str]:
+    """A sentence for every setting that is one whole number by its function's signature and is given something else."""
+    parameters = inspect.signature(lookup("eval task", name, TASKS)).parameters
+    found = []
+    for key, value in settings.items():
+        hint = parameters[key].annotation if key in parameters else None
+        if hint in (int, int | None) and (isinstance(value, bool) or not isinstance(value, hint)):
+            found.append(f"{name}.{key}: expected a whole number{'' if hint is int else ' or null'}, got {value!r}.")
+    return found
 
 
 def handed(name: str) -> list[str]:
