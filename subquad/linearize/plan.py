@@ -133,7 +133,7 @@ class Plan:
         problems = _wrong_values(plan, "plan")
         for i, layer in enumerate(layers):
             problems += _wrong_values(layer, f"plan.layers.{i}") + _wrong_heads(layer, f"plan.layers.{i}")
-        problems += _wrong_mixers(plan) if isinstance(plan.options, dict) else []
+        problems += _wrong_mixers(plan, shapes=not problems)
         raise_all([*problems, _AGAIN] if problems else [])
         return plan
 
@@ -151,19 +151,21 @@ def _wrong_values(row: LayerPlan | Plan, where: str) -> list[str]:
 
 
 def _wrong_heads(layer: LayerPlan, where: str) -> list[str]:
-    heads = [*range(layer.kv_heads)] if isinstance(layer.kv_heads, int) else []
+    heads = range(layer.kv_heads if isinstance(layer.kv_heads, int) else 0)
     if all(type(g) is int and g in heads for g in layer.exact) and len({*layer.exact}) == len(layer.exact) < max(len(heads), 1):
         return []
     return [f"{where}.exact: got {[*layer.exact]}, allowed: key/value heads of 0..{len(heads) - 1}, each once and not all of them."]
 
 
-def _wrong_mixers(plan: Plan) -> list[str]:
-    """Mixers and options that this version does not know, or that the heads cannot have."""
+def _wrong_mixers(plan: Plan, shapes: bool) -> list[str]:
+    """Mixers and options that this version does not know, or that the heads (where their shapes are numbers) cannot have."""
     problems: list[str] = []
-    for name in dict.fromkeys([plan.mixer, *(layer.mixer for layer in plan.converted)]):
+    names = [name for name in (plan.mixer, *(layer.mixer for layer in plan.converted)) if isinstance(name, str)]
+    for name in dict.fromkeys(names) if isinstance(plan.options, dict) else ():
         try:
             merged, cls = pieces(name, plan.options), mixer_class(name)
-            problems += {cls.misfit(layer.soft_shape, **merged) for layer in plan.converted if layer.mixer == name} - {""}
+            layers = [layer for layer in plan.converted if layer.mixer == name and shapes]
+            problems += {cls.misfit(layer.soft_shape, **merged) for layer in layers} - {""}
         except UserError as error:
             problems += error.problems
     return problems

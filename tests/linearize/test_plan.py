@@ -49,6 +49,10 @@ DAMAGE = {
     "yes for a number": (lambda d: d["layers"][1].update(sinks=True), r"plan.layers.1.sinks: got True, expected int"),
     "no name": (lambda d: d["layers"][0].update(name=None), r"plan.layers.0.name: got None, expected str"),
     "no options": (lambda d: d.update(options=["a"]), r"plan.options: got \['a'\], expected dict"),
+    "no size": (
+        lambda d: d["layers"][0].update(key="16", kv_heads=None, mixer=["gla"]),
+        r"layers.0.mixer: got \['gla'\], expected str . None",
+    ),
     "less than nothing": (lambda d: d["layers"][2].update(window=-1), r"plan.layers.2.window: got -1, allowed: 1 or more"),
     "no window": (lambda d: d.update(window=0), r"plan.window: got 0, allowed: 1 or more"),
     "no such head": (lambda d: d["layers"][0].update(exact=[9]), r"plan.layers.0.exact: got \[9\], allowed: key/value heads of 0..1"),
