@@ -23,7 +23,7 @@ from subquad.linearize import Plan, hub, linearize
 from subquad.progress import Reporter
 from subquad.recipe import Recipe, load_recipe, rewritten
 from subquad.selection import choose_heads, train_gates
-from subquad.smoke import shrink_recipe
+from subquad.smoke import no_budget, shrink_recipe
 from subquad.talk import answer
 from subquad.verbs import Rows, check_tasks, evaluate, versions
 
@@ -35,8 +35,11 @@ def run(recipe: Recipe | str, out: str | Path, *, overwrite: bool = False, smoke
     written or deleted for what can be known without computing.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    recipe = shrink_recipe(recipe) if smoke else recipe
     report = report or Reporter()
+    if smoke:
+        if why := no_budget(recipe):
+            report.line(why)
+        recipe = shrink_recipe(recipe)
     folder = RunFolder(out, recipe.dump(), overwrite, rewritten)
     folder.check()
     check_apart(folder.path, recipe.teacher)

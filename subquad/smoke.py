@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from subquad.linearize.mixers.describe import constant
 from subquad.recipe import Recipe
 from subquad.settings import validate
 
@@ -49,7 +50,7 @@ def shrink_recipe(recipe: Recipe) -> Recipe:
     """`recipe` with every length and count capped, and without the layers that the shrunken model lacks.
 
     Where that leaves nothing to convert, every layer of the shrunken model is converted. A budget that only checks a hand-made choice is left out:
-    its share is one of all layers.
+    its share is one of all layers; so are selection and budget where no choice of heads can meet it.
     """
     data = recipe.to_dict()
     data["name"] += "-smoke"
@@ -60,9 +61,21 @@ def shrink_recipe(recipe: Recipe) -> Recipe:
     data["plan"]["exact"] = _sparing(layers, _within(data["plan"]["exact"]))
     if data["select"]:
         data["select"]["heads"] = _sparing(layers, _within(data["select"]["heads"]))
-    if not recipe.select or recipe.select.method == "list":
+    if no_budget(recipe):
+        data["select"] = data["budget"] = None
+    elif not recipe.select or recipe.select.method == "list":
         data["budget"] = None
     return validate(Recipe, data)
+
+
+def no_budget(recipe: Recipe) -> str:
+    """Why a smoke run goes without the recipe's selection and budget; nothing if it has them."""
+    if not (recipe.select and recipe.budget) or constant(recipe.plan.mixer):
+        return ""
+    return (
+        f"{recipe.plan.mixer} keeps all keys and values, so that no budget of their bytes can be met: this smoke run goes without select and budget. "
+        "The whole recipe runs with --set select=null --set budget=null."
+    )
 
 
 def shrink_texts(texts: list[Any]) -> list[Any]:
