@@ -6,8 +6,8 @@
 
 Kinds of rows, all with random mixers in fp32 (definitions in fp64) and the functions of the tests (tests/linearize/forms.py, test_mixers.py):
 
-    forms   one call, chunks, steps, left-padded, packed: outputs, gradients of inputs and parameters, the state that is left (besides, with no promise:
-            `own`, gradients relative to the tensor's own largest number however small)
+    forms   one call, chunks, steps, left-padded, packed: outputs, gradients of inputs and parameters (`own`: relative to the tensor's own largest number
+            alone), the state that is left
     exact   the preset's exact setting against softmax attention, 130 tokens
     large   logits times 30, rows and batches of nothing but padding: outputs and gradients of every form are finite
     bf16    a bf16 model with an fp32 state over 4,096 tokens against fp32 arithmetic, in calls of 64 tokens and (`steps`) of one
@@ -76,7 +76,7 @@ def run_row(kind: str, row: forms.Row) -> dict:
 def too_far(one: dict) -> list[str]:
     return [
         f"{form}: {what} {tensor} {off:.1e}"
-        for form, whats in one["found"].items() for what, (off, tensor) in whats.items() if what in ALLOWED and not off <= ALLOWED[what]
+        for form, whats in one["found"].items() for what, (off, tensor) in whats.items() if not off <= ALLOWED[what]
     ]  # fmt: skip
 
 
@@ -85,9 +85,7 @@ def summary(found: list[dict]) -> list[dict]:
     lines = []
     for case in dict.fromkeys(one["case"] for one in found):
         mine = [one for one in found if one["case"] == case]
-        offs = [
-            (form, what, off) for one in mine for form, whats in one["found"].items() for what, (off, _) in whats.items() if what in ALLOWED
-        ]
+        offs = [(form, what, off) for one in mine for form, whats in one["found"].items() for what, (off, _) in whats.items()]
         line = {"case": case, "rows": len(mine), "seconds": round(sum(one["seconds"] for one in mine))}
         line |= {kind: max(known) for kind in ALLOWED if (known := [off for _, what, off in offs if what == kind])}
         for name in FORMS:

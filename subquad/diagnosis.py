@@ -25,7 +25,7 @@ from subquad.evals.perplexity import by_position, perplexity
 from subquad.evals.repeat import repeat
 from subquad.evals.rows import Row, arrange, row
 from subquad.evals.text import whole
-from subquad.folder import write_text
+from subquad.folder import check_folder, write_text
 from subquad.linearize.mixers.base import AttentionCall
 from subquad.linearize.mixers.window import Window
 from subquad.linearize.modes import as_teacher
@@ -47,6 +47,8 @@ def diagnose_folder(
 ) -> dict[str, Any]:
     """Open a student and diagnose it; {"rows": [...], "findings": [sentences]}, written to out/diagnosis.json if `out` is given."""
     settings = checked(apply_sets({}, sets))
+    if out is not None:
+        check_folder(out)
     documents = load_documents(data)
     student, tokenizer = open_student(folder)
     tokens = Tokens.from_documents(documents, tokenizer).long()

@@ -19,7 +19,7 @@ from subquad.evals.answers import Answers
 from subquad.evals.paired import difference
 from subquad.evals.rows import METRICS
 from subquad.evals.suites import named, suite, with_files
-from subquad.folder import write_text
+from subquad.folder import as_rows, check_folder, mapping, read_json, write_text
 from subquad.leakage import overlap_of
 from subquad.linearize import hub
 from subquad.linearize.teacher import load_teacher
@@ -29,7 +29,6 @@ from subquad.settings import apply_sets
 from subquad.verbs import Rows, check_tasks, measure, open_student, original_teacher, untrained_window, versions
 
 WHO = ("teacher", "window", "student")
-ROW = {"model", "metric", "setting", "value"}  # what two results are compared by
 RESULTS, ITEMS, ABOUT = "results.json", "items.json", "about.json"
 
 
@@ -74,6 +73,8 @@ def judge_folder(
     """
     for one in who or ():
         check_name("model of --models", one, WHO)
+    if out is not None:
+        check_folder(out)
     documents = load_documents(data)
     is_student = Path(name).is_dir() and hub.is_student(name)
     student, tokenizer = open_student(Path(name)) if is_student or not tasks else load_teacher(name)
@@ -161,11 +162,5 @@ def _results(place: str | Path) -> tuple[Rows, dict[str, Any]]:
     path = path / RESULTS if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{place} holds no {RESULTS}. Give what `subquad eval ... --out FOLDER` or `subquad run` wrote.")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        items = json.loads(path.with_name(ITEMS).read_text(encoding="utf-8")) if path.with_name(ITEMS).is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Run that eval again.") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and ROW <= row.keys() for row in rows):
-        raise UserError(f"{path} holds no results: expected a list of rows with {', '.join(sorted(ROW))}. Give {RESULTS}, or its folder.")
-    return rows, items
+    how = f"Give {RESULTS}, or its folder; if it is that, run that eval again."
+    return read_json(path, as_rows, how), read_json(path.with_name(ITEMS), mapping, how) or {}

@@ -137,8 +137,8 @@ def stray(path, value):
 def test_other_words_and_their_mistakes(place, tmp_path):
     for words, said in (
         (["eval", "diff", tmp_path, tmp_path], "holds no results.json"),
-        (["eval", "diff", stray(tmp_path / "about.json", {"model": "x"}), tmp_path], "holds no results: expected a list of rows"),
-        (["eval", "diff", stray(tmp_path / "rows.json", [{"model": "x"}]), tmp_path], "holds no results: expected a list of rows"),
+        (["eval", "diff", stray(tmp_path / "about.json", {"model": "x"}), tmp_path], "a dict where a list of rows should be). Give results.json"),
+        (["eval", "diff", stray(tmp_path / "rows.json", [{"model": "x"}]), tmp_path], "a row without metric, setting, value, ratio). Give results.json"),
         (["eval", "tasks", "--benchmarks", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["eval", place / "student", "--suite", "standard", "--benchmarks", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["eval", place / "student", "--tasks", "quiz", "--benchmarks", tmp_path / "nowhere"], "nowhere: no such folder"),

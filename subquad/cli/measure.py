@@ -7,7 +7,6 @@ import typer
 
 from subquad.cli.shared import STUDENT, Data, Folder, Json, Sets, TeacherName, app, command, eval_app, reporter, show
 from subquad.errors import UserError
-from subquad.folder import check_folder
 
 
 @command(eval_app, STUDENT)
@@ -36,8 +35,6 @@ def evaluate(
     from subquad import judging
     from subquad.evals import table
 
-    if out is not None:
-        check_folder(out)
     report = reporter(json)
     chosen = judging.chosen_tasks(tasks, suite, sets or [], benchmarks, limit)
     who = [name.strip() for name in models.split(",")] if models is not None else None
@@ -112,8 +109,6 @@ def eval_diagnose(
     from subquad import diagnosis
     from subquad.evals import table
 
-    if out is not None:
-        check_folder(out)
     report = reporter(json)
     result = diagnosis.diagnose_folder(folder, data or ["pydoc"], teacher, sets or [], out, report)
     if json:

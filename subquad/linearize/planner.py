@@ -51,9 +51,9 @@ def plan(
     cls = None if isinstance(model_or_config, PreTrainedConfig) else _teacher_class(model_or_config)
     found = attention_layers(config, cls)
     options = dict(options or {})
-    merged = pieces(mixer, options)
-    raise_all(_check_numbers(window, sinks) + (_check_forms(exact, layers) or _check_layers(found, _heads(exact), layers)))
-    heads = _heads(exact)
+    merged, wrong = pieces(mixer, options), _check_forms(exact, layers)
+    heads = {} if wrong else _heads(exact)
+    raise_all(_check_numbers(window, sinks) + (wrong or _check_layers(found, heads, layers)))
     if layers is None and all(_own(f) for f in found):
         layers = [f.index for f in found if f.kind in CONVERTIBLE] or None
     if not any(f.causal for f in found) and MIXERS[mixer].uses == "cell":
@@ -124,7 +124,7 @@ def _check_forms(exact: Any, layers: Any) -> list[str]:
     problems = []
     if layers is not None and not _wholes(layers):
         problems.append(f"layers: got {layers!r}, expected a list of layers (whole numbers), for example [0, 3].")
-    entries = [exact] if isinstance(exact, Mapping) else [] if exact is None else exact
+    entries = _entries(exact)
     heads = [entry for entry in entries if isinstance(entry, Mapping)] if _listed(entries) else []
     if (
         not _listed(entries)
@@ -169,10 +169,14 @@ def _ranges(numbers: list[int]) -> str:
     )
 
 
+def _entries(exact: Any) -> Any:
+    return [exact] if isinstance(exact, Mapping) else [] if exact is None else exact
+
+
 def _heads(exact: Heads | None) -> dict[int, tuple[int, ...] | None]:
     """{layer: heads}; None stands for all heads."""
     kept: dict[int, tuple[int, ...] | None] = {}
-    for entry in [exact] if isinstance(exact, Mapping) else [] if exact is None else exact:
+    for entry in _entries(exact):
         for layer, heads in entry.items() if isinstance(entry, Mapping) else [(entry, None)]:
             before = kept.get(layer, ())
             kept[int(layer)] = None if heads is None or before is None else tuple(sorted({*before, *map(int, heads)}))

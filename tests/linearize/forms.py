@@ -31,7 +31,7 @@ from linearize.test_mixers import (
     state_errors,
     through_layout,
 )  # fmt: skip
-from tolerances import MIXER, MIXER_GRADIENT, error, gradient_errors
+from tolerances import MIXER, MIXER_GRADIENT, OWN_GRADIENT, error, gradient_errors
 from torch import Tensor
 
 from subquad.linearize.layout import packed, padded
@@ -48,7 +48,7 @@ LONG = 65
 AT_BORDERS = (63, 64)
 # The weight of a pair has a corner where its score is 0: no gradient there, and close to it rounding decides which side fp32 takes.
 CORNERS = ("relu", "softpick")
-ALLOWED = {"forward": MIXER, "gradient": MIXER_GRADIENT, "state": MIXER}
+ALLOWED = {"forward": MIXER, "gradient": MIXER_GRADIENT, "own": OWN_GRADIENT, "state": MIXER}
 Out = tuple[Tensor, MixerState | None]
 
 
@@ -230,7 +230,7 @@ def subject(row: Row) -> Subject:
 
 
 def errors(row: Row) -> dict[str, dict[str, float]]:
-    """Form -> {what: how far off}; what is `forward`, `gradient NAME`, `state NAME` or, with no promise, `own NAME`: a gradient by its own largest number."""
+    """Form -> {what: how far off}; what is `forward`, `gradient NAME`, `state NAME` or `own NAME`: a gradient by its own largest number alone."""
     one, found = subject(row), {}
     for name in FORMS if row.causal else WITHOUT_STATE:
         found[name] = {}

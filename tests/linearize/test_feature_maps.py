@@ -62,7 +62,7 @@ WEIGHTS = {
     "relu": lambda q, k: dot(q.relu(), k.relu()),
     "unit_norm": cosine,
     "identity": dot,
-    "split": lambda q, k: dot(q, k) / K**0.5,
+    "scaled": lambda q, k: dot(q, k) / K**0.5,
     "silu": lambda q, k: dot(F.silu(q), F.silu(k)),
     "sigmoid": lambda q, k: dot(torch.sigmoid(q * SCALE), torch.sigmoid(k * SCALE)),
     "quadratic": lambda q, k: dot(q, k).square() / K,

@@ -15,8 +15,8 @@ def check(row: Row) -> None:
     assert set(found) == set(FORMS if row.causal else WITHOUT_STATE)
     for form, offs in found.items():
         for what, off in offs.items():
-            allowed = ALLOWED.get(what.split()[0])
-            assert allowed is None or off <= allowed, f"{row}, {form}: {what} off by {off:.2e}, allowed {allowed:.0e}"
+            allowed = ALLOWED[what.split()[0]]
+            assert off <= allowed, f"{row}, {form}: {what} off by {off:.2e}, allowed {allowed:.0e}"
 
 
 @pytest.mark.parametrize("case", ALL)

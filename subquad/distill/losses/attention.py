@@ -21,11 +21,11 @@ def attention_output(mixed_BTHV: Tensor, exact_BTHV: Tensor, padding_BT: Tensor 
     if padding_BT is not None:
         real = padding_BT.to(error_BT.dtype)
         error_BT, scale_BT = error_BT * real, scale_BT * real
-    return error_BT.sum() / _over_processes(scale_BT.sum()).clamp_min(torch.finfo(torch.float32).tiny)
+    return error_BT.sum() / _mean_over_processes(scale_BT.sum()).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _over_processes(x: Tensor) -> Tensor:
-    """Mean over the data parallel processes."""
+def _mean_over_processes(x: Tensor) -> Tensor:
+    """`x` itself where there is one."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     dist.all_reduce(x)

@@ -35,8 +35,10 @@ CHOICES = {
 
 MAY_BE_ZERO = ("features", "cache")
 
-# Class -> what of its options only some pieces read (knobs.py says how).
+# Class -> what of its options only some pieces read (knobs.py says how); its options as they are; sentences about what does not go together.
 COUNTS = {"cell": READ_BY, "full": {"top": [{"blocks": (True,)}]}}
+STARTS = {"cell": DEFAULTS}
+CLASHES = {"cell": clashes, "full": weight_clashes}
 
 
 def causal() -> tuple[str, ...]:
@@ -64,19 +66,19 @@ def pieces(name: str, options: dict[str, Any] | None = None, both_ways: bool = F
         elif choices[key] is int and value < (least := 0 if key in MAY_BE_ZERO else 1):
             problems.append(f"options.{key}: got {value}, allowed: {least} or more.")
     merged = {**preset.pieces, **(options or {})}
-    if not problems and preset.uses == "cell":
-        problems += clashes(name, {**DEFAULTS, **merged})
-        problems += clashes_both_ways(name, {**DEFAULTS, **merged}) if both_ways and not problems else []
-    if not problems and preset.uses == "full":
-        problems += weight_clashes(name, merged)
+    chosen = {**STARTS.get(preset.uses, {}), **merged}
+    if not problems and preset.uses in CLASHES:
+        problems += CLASHES[preset.uses](name, chosen)
+    if not problems and both_ways and preset.uses == "cell":
+        problems += clashes_both_ways(name, chosen)
     raise_all(problems or unread(name, options or {}))
     return merged
 
 
 def unread(name: str, options: dict[str, Any]) -> list[str]:
     """Sentences about options that change a value and that none of the chosen pieces reads."""
-    uses, conditions = MIXERS[name].uses, COUNTS.get(MIXERS[name].uses, {})
-    plain = {**(DEFAULTS if uses == "cell" else {}), **MIXERS[name].pieces}
+    uses = MIXERS[name].uses
+    conditions, plain = COUNTS.get(uses, {}), {**STARTS.get(uses, {}), **MIXERS[name].pieces}
     chosen, problems = {**plain, **options}, []
     for key, value in options.items():
         lacking = None if value == plain.get(key) else _missed(key, chosen, conditions)

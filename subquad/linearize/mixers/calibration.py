@@ -193,7 +193,7 @@ def moments(cell, call: AttentionCall, sample: Sample) -> None:
     """
     on = real(call)
     var_q = cell.asked(call).float()[on].var((0, 3), unbiased=False)  # [G, R]
-    var_k = call.k_BTGK.float()[on].var((0, 2), unbiased=False)  # [G]
+    var_k = cell.keys(call).float()[on].var((0, 2), unbiased=False)  # [G]
     scores = var_q * var_k[:, None]
     each = (scores - MOMENT_B) / (2 * MOMENT_A)
     for side, wanted, found in ((cell.map_q, each, var_q), (cell.map_k, each.mean(1), var_k)):

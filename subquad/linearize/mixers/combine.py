@@ -78,6 +78,7 @@ class CombineRow:
     mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (window, linear, sigmoid of the gate) of two outputs
     adds: bool = False  # mix leaves the window's output as it is
     window: bool = True
+    takes: tuple[str, ...] = ()  # options that it reads besides the knobs
     first: bool = False  # the branch comes first, over all tokens: what it reads goes into the values that the window keeps
 
     @property
@@ -92,12 +93,12 @@ class CombineRow:
 
 
 COMBINES = {
-    "joint": CombineRow("one normaliser, share from the layer input", "SEEDS 0.2, C02, G02", "mix", share=gate_share),
+    "joint": CombineRow("one normaliser, share from the layer input", "SEEDS 0.2, C02, G02", "mix", share=gate_share, takes=("mass",)),
     "joint_top": CombineRow("one normaliser, the window's maximum on its own side only", "SEEDS 0.2, G02", "factor", share=top_share),
     "logits": CombineRow("one softmax over the window's and the branch's logits", "SEEDS C03, A19", share=own_share),
-    "gated": CombineRow("(1 - g) window + g linear", "SEEDS B15, D07", "mix", mix=torch.lerp),
-    "added": CombineRow("window + s linear", "SEEDS C01", "mix", mix=added, adds=True),
-    "sequential": CombineRow("window over v + s linear, linear over all tokens", "SEEDS K9, B07, B15", "enrich", first=True),
+    "gated": CombineRow("(1 - g) window + g linear", "SEEDS B15, D07", "mix", mix=torch.lerp, takes=("mass",)),
+    "added": CombineRow("window + s linear", "SEEDS C01", "mix", mix=added, adds=True, takes=("mass",)),
+    "sequential": CombineRow("window over v + s linear, linear over all tokens", "SEEDS K9, B07, B15", "enrich", first=True, takes=("mass",)),
     "alone": CombineRow("linear only", "SEEDS 3.1", window=False),
 }
 

@@ -64,30 +64,35 @@ class ContainerRow:
     name: str = ""  # of the gate in the cell
     gate: Callable[[HeadShape, dict], nn.Module] | None = None  # built as gate(shape, pieces); of the layer input
     kept: str = ""  # the name under which the gate's numbers stay with a token until it is written
-    number: str = ""  # the piece that says how many they are
+    takes: tuple[str, ...] = ()  # options that it reads besides the knobs; the first says how many they are
     reads: dict[str, str] = field(default_factory=dict)  # a write's read -> the row of READS in its place; empty: as it is
     slots: bool = False  # holds keys and values, not sums over features: no feature map or normaliser
     own: bool = False  # fades and writes by its own gate: no decay or write
     times: bool = False  # the state has `number` times the map's features
+
+    @property
+    def number(self) -> str:
+        """The option that says how many they are."""
+        return self.takes[0] if self.takes else ""
 
 
 CONTAINERS = {
     "plain": ContainerRow("one state per key/value head", "SEEDS 3.1"),
     "gated_slots": ContainerRow(
         "slots: K~ = f K~ + (1 - f) k, V~ likewise, read by softmax(K~ q)", "SEEDS B02", slot_states, "slot",
-        own_slot_gate, kept="slot", number="slots", reads={"additive": "gated_slots"}, slots=True, own=True,
+        own_slot_gate, kept="slot", takes=("slots",), reads={"additive": "gated_slots"}, slots=True, own=True,
     ),
     "softmax_slots": ContainerRow(
         "slots: K~, V~ averages of k, v weighted by e^(W x), read by softmax(K~ q)", "SEEDS Dependencies, ABC", totalled_slots, "slot",
-        own_slot_gate, kept="slot", number="slots", reads={"additive": "softmax_slots"}, slots=True, own=True,
+        own_slot_gate, kept="slot", takes=("slots",), reads={"additive": "softmax_slots"}, slots=True, own=True,
     ),
     "slots": ContainerRow(
         "slots: K~, V~ states of the write with e^(W x) in the place of phi(k), read by softmax(K~ q)", "SEEDS K11", written_slots, "slot",
-        written_slot_gate, kept="slot", number="slots", reads={"additive": "slots", "delta": "delta_slots"}, slots=True,
+        written_slot_gate, kept="slot", takes=("slots",), reads={"additive": "slots", "delta": "delta_slots"}, slots=True,
     ),
     "partitions": ContainerRow(
         "partitions: sum_p e_p S_p^T q, e the largest of softmax(W x)", "SEEDS B08", one_state, "routes",
-        routes, kept="route", number="partitions", times=True,
+        routes, kept="route", takes=("partitions", "top"), times=True,
     ),
     "levels": ContainerRow(
         "levels: sum_l lambda_l q.S_l over blocks of 1, 1, 2, 4, .. tokens, S_l a state of the write, lambda = softplus(W x)", "SEEDS B06", level_states, "levels",

@@ -30,6 +30,7 @@ class DecayRow:
     clock: str = "now"
     reads: str = "hidden"
     fits: bool = False  # has start_at(log decay [G]), for calibration.py
+    takes: tuple[str, ...] = ()  # options that it reads besides the knobs
 
     @property
     def kept(self) -> bool:
@@ -157,15 +158,15 @@ class DualGate(nn.Module):
 DECAYS = {
     "none": DecayRow("nothing fades", "SEEDS K2", None),
     "scalar": DecayRow("log sigmoid(W x) / 16 per key/value head", "SEEDS B01, B10, C01", Gate, fits=True),
-    "vector": DecayRow("log sigmoid(W x) / 16 per feature", "SEEDS K2, GLA", VectorGate, vector=True, fits=True),
+    "vector": DecayRow("log sigmoid(W x) / 16 per feature", "SEEDS K2, GLA", VectorGate, vector=True, fits=True, takes=("rank",)),
     "own_scalar": DecayRow("the same as scalar, of the token that is written", "SEEDS B01", Gate, clock="own", fits=True),
     "own_vector": DecayRow(
-        "the same as vector, of the token that is written", "SEEDS GLA", VectorGate, vector=True, clock="own", fits=True
+        "the same as vector, of the token that is written", "SEEDS GLA", VectorGate, vector=True, clock="own", fits=True, takes=("rank",)
     ),
     "fixed": DecayRow("1 - 2^(-5 - h)", "SEEDS Dependencies, RetNet; B13, G01", Fixed, fits=True),
     "slopes": DecayRow("exp(-2^(-8 h / G))", "SEEDS B04", Slopes, fits=True),
     "step_size": DecayRow("exp(-dt A)", "SEEDS B03", StepSize, clock="own", fits=True),
     "key": DecayRow("l + (1 - l) sigmoid(-k)", "SEEDS Dependencies, HGRN2", KeyGate, vector=True, clock="own", reads="key"),
     "pooled_key": DecayRow("sigmoid(k)^(1/16)", "SEEDS Dependencies, Liger", PooledKey, vector=True, clock="own", reads="key"),
-    "dual": DecayRow("exp(-g tau)", "SEEDS B07", DualGate, vector=True, clock="own"),
+    "dual": DecayRow("exp(-g tau)", "SEEDS B07", DualGate, vector=True, clock="own", takes=("rank",)),
 }

@@ -32,17 +32,12 @@ class FeatureMap:
     width: Callable[[int], int] | None = None  # features of a head of K numbers, where that is not factor x K
     exponential: str = ""  # sides (q, k, qk) for which the function gives log features; the cell keeps their maximum out of the exponent
     module: str = ""  # a key of MODULES: a map with parameters of its own
-    raw: bool = False  # positive maps take K^(-1/4) q and K^(-1/4) k, so that W = identity has the teacher's logit scale; this one q and k as they are
-    split: bool = False  # takes K^(-1/4) of both though it is not positive
+    tempered: bool = True  # takes K^(-1/4) q and K^(-1/4) k, so that W = identity has the teacher's logit scale; otherwise q and k as they are
+    takes: tuple[str, ...] = ()  # options that it reads besides the knobs
     unit: bool = False  # features are of unit length
     positions: bool = False  # asks where queries and keys stand
     least: float = 1e-6  # the smallest divisor: where products of features of both signs cancel, what is left of a small sum is rounding
     fit: str = ""  # what calibration.py sets before training: a row of FITS
-
-    @property
-    def tempered(self) -> bool:
-        """q.k times the teacher's scale is split evenly over both sides: q and k come in smaller."""
-        return self.split or (self.positive and not self.raw)
 
     @property
     def floor(self) -> float:
@@ -118,11 +113,11 @@ def _second_order(size: int) -> int:
 
 
 def _row(fn, source: str, factor: int = 1, positive: bool = True, weight: bool = False, **more) -> FeatureMap:
-    return FeatureMap(fn, factor, positive, source, weight=weight, **more)
+    return FeatureMap(fn, factor, positive, source, weight=weight, **{"tempered": positive, **more})
 
 
 def _module(name: str, source: str, positive: bool = True, **more) -> FeatureMap:
-    return FeatureMap(None, 0, positive, source, weight=False, module=name, **more)
+    return _row(None, source, 0, positive, module=name, **more)
 
 
 MODULES = {
@@ -142,16 +137,16 @@ FEATURE_MAPS = {
     "hedgehog_exp": FeatureMap(hedgehog_exp, 2, True, "SEEDS A03 (paper form)", fit="sharpness"),
     "hedgehog_softmax2": FeatureMap(hedgehog_softmax2, 2, True, "SEEDS A03 (LoLCATs form)", fit="sharpness"),
     "hedgehog_softmax": FeatureMap(hedgehog_softmax, 2, True, "SEEDS A03 (one softmax over both signs)", fit="sharpness"),
-    "unit": FeatureMap(unit, 1, False, "SEEDS B01", unit=True),
+    "unit": _row(unit, "SEEDS B01", positive=False, weight=True, unit=True),
     "silu_unit": _row(silu_unit, "SEEDS B01", positive=False, weight=True, unit=True),
     "unit_norm": _row(unit, "SEEDS A04", positive=False, unit=True),
     "identity": _row(identity, "SEEDS B13", positive=False),
-    "split": _row(identity, "SEEDS A10", positive=False, split=True),
+    "scaled": _row(identity, "SEEDS A10", positive=False, tempered=True),
     "silu": _row(F.silu, "SEEDS B04", positive=False),
-    "relu": _row(F.relu, "SEEDS A09, A14", raw=True),
+    "relu": _row(F.relu, "SEEDS A09, A14", tempered=False),
     "relu_linear": _row(F.relu, "SEEDS Dependencies, T2R; G01", weight=True, bias=True),
     "elu1": _row(elu1, "SEEDS Dependencies, Linear Transformer; A11"),
-    "elu1_quarter": _row(elu1_quarter, "SEEDS A12", raw=True),
+    "elu1_quarter": _row(elu1_quarter, "SEEDS A12", tempered=False),
     "sigmoid": _row(torch.sigmoid, "SEEDS A07"),
     "softmax": _row(softmax, "SEEDS A24, Liger"),
     "efficient": _row(softmax, "SEEDS A06", k_fn=bounded_exp),
@@ -159,16 +154,16 @@ FEATURE_MAPS = {
     "fast1": _row(taylor1, "SEEDS A26", width=_plus_one),
     "fast2": _row(taylor2, "SEEDS A26", width=_second_order),
     "quadratic": _row(quadratic, "SEEDS E08, p = 2", positive=True, width=pairs, least=0.1),
-    "favor": _module("favor", "SEEDS A01", exponential="qk"),
-    "gmm": _module("gmm", "SEEDS A21", exponential="qk"),
-    "cosine": _module("cosine", "SEEDS A02", positions=True),
+    "favor": _module("favor", "SEEDS A01", exponential="qk", takes=("features",)),
+    "gmm": _module("gmm", "SEEDS A21", exponential="qk", takes=("features",)),
+    "cosine": _module("cosine", "SEEDS A02", positions=True, takes=("horizon",)),
     "log_normal": _module("log_normal", "SEEDS A15", exponential="qk", fit="log_normal"),
     "focused": _module("focused", "SEEDS A08"),
     "taylor": _module("taylor", "SEEDS A05"),
     "normed": _module("normed", "SEEDS A23", positive=False),
     "polynomial": _module("polynomial", "SEEDS C02"),
-    "codes": _module("codes", "SEEDS A17"),
-    "codebook": _module("codebook", "SEEDS A19", exponential="q", fit="codebook"),
+    "codes": _module("codes", "SEEDS A17", takes=("features",)),
+    "codebook": _module("codebook", "SEEDS A19", exponential="q", fit="codebook", takes=("features",)),
 }
 
 

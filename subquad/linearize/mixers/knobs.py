@@ -1,5 +1,6 @@
 """The knobs of a cell: their tables, what a preset may leave out, and which pieces do not go together. A file per knob; this one joins them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,23 +29,26 @@ DEFAULTS = dict(
 # What each may be: a row's name, or a number.
 KNOB_CHOICES = {name: tuple(TABLES[name]) if name in TABLES else type(start) for name, start in DEFAULTS.items()}
 
+
+def _rows(table: dict[str, Any], holds: Callable[[Any], bool]) -> tuple[str, ...]:
+    return tuple(name for name, row in table.items() if holds(row))
+
+
+def _takers(option: str) -> dict[str, tuple[str, ...]]:
+    """Knob -> its rows that read the option."""
+    found = {knob: _rows(table, lambda row: option in getattr(row, "takes", ())) for knob, table in TABLES.items()}
+    return {knob: names for knob, names in found.items() if names}
+
+
 # What is read by some rows only: all of the conditions must hold, each by one of its knobs.
-_SEPARATE = ("gated", "added", "sequential", "alone")  # the branch has an output of its own
-_PARTITIONS = [{"container": ("partitions",)}]
-READ_BY = {
-    "mass": [{"combine": ("joint", "gated", "added", "sequential")}],
-    "rank": [{
-        "decay": ("vector", "own_vector", "dual"), "write": ("selective",), "position": ("selective", "phase"),
-        "output": ("norm_gate", "gate_norm", "gate"),
-    }],
-    "features": [{"feature_map": ("favor", "gmm", "codes", "codebook")}],
-    "horizon": [{"feature_map": ("cosine",)}],
-    "slots": [{"container": ("gated_slots", "softmax_slots", "slots")}],
-    "partitions": _PARTITIONS,
-    "top": _PARTITIONS,
+_SEPARATE = _rows(COMBINES, lambda row: not row.joint)  # the branch has an output of its own
+READ_BY = {option: [_takers(option)] for option in ("mass", "rank", "features", "horizon", "slots", "partitions", "top")} | {
     "output": [{"combine": _SEPARATE}],
-    "normaliser": [{"combine": _SEPARATE, "normaliser": ("feature",)}, {"write": tuple(name for name, row in WRITES.items() if not row.corrects)}],
-}  # fmt: skip
+    "normaliser": [
+        {"combine": _SEPARATE, "normaliser": _rows(NORMALISERS, lambda row: row.per_feature)},
+        {"write": _rows(WRITES, lambda row: not row.corrects)},
+    ],
+}
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def in_one_pass(cell, call: AttentionCall, position: int) -> Tensor:
         ).unsqueeze(1)  # fmt: skip
     elif older:
         fused = cell.rows.feature_map.fused
-        fq, fk = cell.asked(call), slots.k
-        fq, fk = (cell.map_q(fq, now), cell.map_k(fk, places)) if fused is None else (cell.map_q.numbers(fq), cell.map_k.numbers(fk))
+        asked = cell.asked(call)
+        fq, fk = (cell.map_q(asked, now), cell.map_k(slots.k, places)) if fused is None else (cell.map_q.numbers(asked), cell.map_k.numbers(slots.k))
         out, memory = window_linear(
             q, slots.k, slots.v, fq.flatten(2, 3), fk, cell.mix(call.hidden_BTD).flatten(2), decay, window=cell.window, sinks=cell.sinks,
             scale=call.scale, position=position, initial_state=memory, output_final_state=state is not None, feature_map=fused,

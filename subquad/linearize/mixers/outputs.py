@@ -84,13 +84,14 @@ class OutputRow:
     about: str
     source: str
     module: type[nn.Module] | None
+    takes: tuple[str, ...] = ()  # options that it reads besides the knobs
 
 
 OUTPUTS = {
     "none": OutputRow("the read as it is", "SEEDS K8", None),
     "scaled": OutputRow("times a number per query head", "SEEDS K8", Scaled),
     "norm": OutputRow("RMS norm per head", "SEEDS K8, B01, G01", Norm),
-    "norm_gate": OutputRow("RMS norm times SiLU(W x)", "SEEDS K8, GLA, RetNet, B04", NormGate),
-    "gate_norm": OutputRow("times SiLU(W x), then RMS norm", "SEEDS K8, B07, C07", GateNorm),
-    "gate": OutputRow("times W x", "SEEDS K8, A11, A12", Gated),
+    "norm_gate": OutputRow("RMS norm times SiLU(W x)", "SEEDS K8, GLA, RetNet, B04", NormGate, takes=("rank",)),
+    "gate_norm": OutputRow("times SiLU(W x), then RMS norm", "SEEDS K8, B07, C07", GateNorm, takes=("rank",)),
+    "gate": OutputRow("times W x", "SEEDS K8, A11, A12", Gated, takes=("rank",)),
 }

@@ -26,13 +26,14 @@ class PositionRow:
     plain: bool = False  # wants q and k before the teacher's rotation
     phases: int = 0  # 2: a phase per pair of features; 1: a phase per feature
     doubles: bool = False  # features become twice as many
+    takes: tuple[str, ...] = ()  # options that it reads besides the knobs
 
 
 POSITIONS = {
     "keep": PositionRow("as the teacher gives them", "SEEDS K6"),
     "drop": PositionRow("before the teacher's rotation", "SEEDS K6, C01", plain=True),
-    "selective": PositionRow("pairs of features turned by phases from the layer input", "SEEDS B11", plain=True, phases=2),
-    "phase": PositionRow("complex decay: a phase per feature", "SEEDS B09", plain=True, phases=1, doubles=True),
+    "selective": PositionRow("pairs of features turned by phases from the layer input", "SEEDS B11", plain=True, phases=2, takes=("rank",)),
+    "phase": PositionRow("complex decay: a phase per feature", "SEEDS B09", plain=True, phases=1, doubles=True, takes=("rank",)),
 }
 
 

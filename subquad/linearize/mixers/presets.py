@@ -80,7 +80,7 @@ MIXERS = {
         both=True, feature_map="sigmoid", key_weight="flow", normaliser="flow",
     ),
     "focused": _cell("cubed features of kept length", "A08", "FLatten (2023)", NONE, both=True, feature_map="focused"),
-    "inline": _cell("centred weights, no division", "A10", "InLine (2024)", NONE, both=True, feature_map="split", normaliser="centred"),
+    "inline": _cell("centred weights, no division", "A10", "InLine (2024)", NONE, both=True, feature_map="scaled", normaliser="centred"),
     "rala": _cell(
         "keys re-weighted by their rank among all", "A11", "RALA (2024)", NONE,
         both=True, feature_map="elu1", key_weight="competition", output="gate",

@@ -60,6 +60,7 @@ class WriteRow:
     bare: bool = False  # its read knows neither columns nor partitions nor exponents
     own: tuple[tuple[str, Start], ...] = ()  # parameters: their names in the cell, and their start
     more: tuple[str, ...] = ()  # further parts of memory of the state's size
+    takes: tuple[str, ...] = ()  # options that it reads besides the knobs
 
 
 def complement(log_decay: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ WRITES = {
         "P, P <- eta P + beta k (v - S^T k)^T", "SEEDS B15", ("own_scalar",),
         read="momentum", gates=("beta", "eta"), corrects=True, more=("momentum",),
     ),
-    "selective": WriteRow("dt_v k_f v_v", "SEEDS B03", ("none",), read="selective", gates=("dt",), bare=True, own=(("log_a", log_a),)),
+    "selective": WriteRow("dt_v k_f v_v", "SEEDS B03", ("none",), read="selective", gates=("dt",), bare=True, own=(("log_a", log_a),), takes=("rank",)),
     "step": WriteRow("dt k v^T", "SEEDS B03", ("step_size",), strength=step_strength),
     "convex": WriteRow("(1 - a) v^T", "SEEDS Dependencies, HGRN2", ("key",), complement=True),
     "dual": WriteRow("(g^tau * k) v^T", "SEEDS B07", ("dual",), strength=dual_strength),
