@@ -2,7 +2,7 @@
 
 A backend is a module with one function per op (arguments as in ops.py, without `backend`) and, unless it runs everywhere,
 `why_not(op, args, kwargs) -> str | None`: the reason why this call cannot run there, None when it can. It may have `quick(op)`: a function without
-checks in Python that returns None for calls it leaves to the one with checks (positional arguments as in cpu/steps.py), or None.
+checks in Python that returns None for calls it leaves to the one with checks (arguments as in cpu/quick.py), or None.
 """
 
 import importlib
@@ -28,7 +28,7 @@ BACKENDS = {
 
 log = logging.getLogger("subquad.kernels")
 _said: set[tuple[str, str]] = set()
-_quick: dict[str, Callable[..., Tensor | None] | None] = {}  # of ops for which `auto` has taken a backend that has it
+_quick: dict[str, Callable | None] = {}  # of ops for which `auto` has taken a backend that has it
 _modules: dict[str, ModuleType | str] = {}  # the module, or why there is none
 
 
@@ -54,8 +54,8 @@ def why_not(name: str, op: str, args: tuple, kwargs: dict[str, Any]) -> str | No
     return None if asks is None else asks(op, args, kwargs)
 
 
-def quick(op: str, backend: str, *args) -> Tensor | None:
-    """The result where a quick function takes the call: from the second call on, of backend `auto`."""
+def quick(op: str, backend: str, *args) -> Any:
+    """The op's result where a quick function takes the call: from the second call on, of backend `auto`."""
     run = _quick.get(op) if backend == "auto" else None
     return None if run is None else run(*args)
 

@@ -56,6 +56,11 @@ def additive(
     log_decay: None, [B, T, G] or [B, T, G, F], natural log, <= 0, any size. initial_state [N, G, F, V] fp32.
     Returns (o [B, T, H, V] in out_dtype (None: the dtype of v), final state [N, G, F, V] fp32 or None). Differentiable in every tensor.
     """
+    if cu_seqlens is None and out_dtype is None:
+        tensors = q_BTHK, k_BTGK, v_BTGV, None, log_decay, initial_state
+        found = quick("additive", backend, tensors, (scale, output_final_state), feature_map)
+        if found is not None:
+            return found
     sizes = dict(N=sequences(q_BTHK, cu_seqlens), F=_features(q_BTHK.shape[-1], feature_map))
     given = dict(q=(q_BTHK, "BTHY"), k=(k_BTGK, "BTGY"), v=(v_BTGV, "BTGV"), log_decay=decay(log_decay, "BTGF"))
     return _run(
@@ -82,6 +87,11 @@ def delta(
 
     Arguments and results otherwise as `additive`; beta in [0, 1]. Differentiable in every tensor.
     """
+    if cu_seqlens is None and out_dtype is None:
+        tensors = q_BTHK, k_BTGK, v_BTGV, beta_BTG, log_decay_BTG, initial_state
+        found = quick("delta", backend, tensors, (scale, output_final_state))
+        if found is not None:
+            return found
     given = dict(q=(q_BTHK, "BTHK"), k=(k_BTGK, "BTGK"), v=(v_BTGV, "BTGV"), beta=(beta_BTG, "BTG"), log_decay=(log_decay_BTG, "BTG"))
     return _run(
         "delta", backend, given, dict(initial_state=(initial_state, "NGKV")), dict(N=sequences(q_BTHK, cu_seqlens)),
@@ -171,6 +181,11 @@ def window_linear(
     initial_state [N, G, F, V + 1] fp32: column V is the sum of features. Returns (o [B, T, H, V] in the dtype of v, final state or None).
     Differentiable in every tensor.
     """
+    if cu_seqlens is None:
+        tensors = q_BTHK, k_BXGK, v_BXGV, fq_BTHF, fk_BXGF, mix_BTH, log_decay, initial_state, sink_k_BNGK, sink_v_BNGV
+        found = quick("window_linear", backend, tensors, (window, sinks, position, scale, output_final_state), feature_map)
+        if found is not None:
+            return found
     given = dict(
         q=(q_BTHK, "BTHK"), k=(k_BXGK, "BXGK"), v=(v_BXGV, "BXGV"), fq=(fq_BTHF, "BTHY"), fk=(fk_BXGF, "BXGY"), mix=(mix_BTH, "BTH"),
         log_decay=decay(log_decay, "BTGF"),

@@ -2,8 +2,9 @@
 """
 
 SOURCE = r"""
-// Rows that will be needed soon, asked for within products, 128 bytes with every 8 steps of one: the memory's latency hides behind arithmetic, and there are
-// always few in flight, so that what misses the first cache level meanwhile need not wait. They are read into the second: the tiles at hand fill the first.
+// Rows that will be needed soon, asked for within products, 128 bytes with every 8 steps of one (or ASKS times as much): the memory's latency hides behind
+// arithmetic, and there are always few in flight, so that what misses the first cache level meanwhile need not wait. They are read into the second: the tiles
+// at hand fill the first.
 struct Few {
   const char* p;
   int64_t stride;
@@ -17,14 +18,31 @@ struct Ahead {
   struct Rows { const char* p; int64_t stride, count; } of[MOST];
   int used = 0, now = 0;
   int64_t row = 0;
+  void add(const char* p, int64_t stride, int64_t count) {
+    if (used < MOST && count > 0) of[used++] = {p, stride, count};
+  }
   void want(const char* p, int64_t stride, int64_t bytes, int64_t count) {
-    for (int64_t c = 0; c < bytes && used < MOST; c += 128) of[used++] = {p + c, stride, count};
+    for (int64_t c = 0; c < bytes; c += 128) add(p + c, stride, count);
   }
   void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi) {
     int bytes = t.type ? 2 : 4;
     want(at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, hi - from < rows ? hi - from : rows);
   }
   void want(const float* p, int64_t count) { want((const char*)p, 128, 128, (count + 31) / 32); }
+  // A tile of rows: those that touch in the order of memory, which the machine's own prefetching follows.
+  void tile(const char* p, int64_t stride, int64_t bytes, int64_t count) {
+    if (stride == bytes) return add(p, 128, (bytes * count + 127) / 128);
+    if (bytes <= 128 * count) return want(p, stride, bytes, count);
+    for (int64_t i = 0; i < count; i++) add(p + i * stride, 128, (bytes + 127) / 128);
+  }
+  // Part i of n of the rows from.. of `groups` times `each` heads: some tokens of all heads where heads are neighbours in memory, else of one group's.
+  void part(const Tensor& t, int64_t b, int64_t from, int64_t h, int64_t groups, int64_t each, int64_t rows, int64_t size, int64_t hi, int64_t i, int64_t n) {
+    int64_t one = t.type ? 2 : 4, heads = groups * each;
+    bool apart = t.sh != size;
+    if (apart) h += i / (n / groups) * each, i %= n / groups, n /= groups, heads = 1;
+    int64_t first = from + rows * i / n, end = std::min(hi, from + rows * (i + 1) / n);
+    for (int64_t r = 0; r < (apart ? each : 1); r++) tile(at(t, b, first, h + r), t.st * one, heads * size * one, end - first);
+  }
   Few next(int rows) {
     const Rows& r = of[now];
     Few few = {r.p + row * r.stride, r.stride};
@@ -32,7 +50,9 @@ struct Ahead {
     return few;
   }
 };
-INLINE Few few(Ahead* ahead, int K, const float* none) { return ahead && ahead->now < ahead->used ? ahead->next((K + 7) / 8) : Few{(const char*)none, 0}; }
+INLINE Few few(Ahead* ahead, int K, const float* none, int asks = 1) {
+  return ahead && ahead->now < ahead->used ? ahead->next((K + 7) / 8 * asks) : Few{(const char*)none, 0};
+}
 
 // ---- products: out[M, N] (= or +=) A[M, K] B[K, N]. AT: A is stored [K, M]. M and K multiples of MR, N of L.
 template <int M, int N, bool AT>
@@ -44,23 +64,25 @@ INLINE void step(vf (&acc)[M][N], int k, const float* A, int64_t lda, const floa
     for (int n = 0; n < N; n++) acc[m][n] += a * b[n];
   }
 }
-template <int M, int N, bool AT>
+template <int M, int N, bool AT, int ASKS = 1>
 INLINE void multiply(vf (&acc)[M][N], int K, const float* A, int64_t lda, const float* B, int64_t ldb, Few ahead) {
   int k = 0;
   for (; k + 8 <= K; k += 8) {
-    ahead.ask();
 #pragma GCC unroll 8
-    for (int u = 0; u < 8; u++) step<M, N, AT>(acc, k + u, A, lda, B, ldb);
+    for (int u = 0; u < 8; u++) {
+      if (u % (8 / ASKS) == 0) ahead.ask();
+      step<M, N, AT>(acc, k + u, A, lda, B, ldb);
+    }
   }
   if constexpr (MR < 8)
     for (; k < K; k++) step<M, N, AT>(acc, k, A, lda, B, ldb);
 }
-template <int M, int N, bool ACC, bool AT>
+template <int M, int N, bool ACC, bool AT, int ASKS>
 INLINE void micro(int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo, Ahead* ahead) {
   vf acc[M][N];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) acc[m][n] = ACC ? ld(out + m * ldo + n * L) : (vf){};
-  multiply<M, N, AT>(acc, K, A, lda, B, ldb, few(ahead, K, A));
+  multiply<M, N, AT, ASKS>(acc, K, A, lda, B, ldb, few(ahead, K, A, ASKS));
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) st(out + m * ldo + n * L, acc[m][n]);
 }
@@ -87,11 +109,11 @@ INLINE void across(int N, F fn) {
     for (; j + 2 * L <= N; j += 2 * L) fn(std::integral_constant<int, 2>(), j);
   for (; j < N; j += L) fn(std::integral_constant<int, 1>(), j);
 }
-template <bool ACC, bool AT>
+template <bool ACC, bool AT, int ASKS = 1>
 static void gemm(int M, int N, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo, Ahead* ahead = nullptr) {
   for (int i = 0; i < M; i += MR) {
     const float* a = AT ? A + i : A + i * lda;
-    across(N, [&](auto width, int j) __attribute__((always_inline)) { micro<MR, width, ACC, AT>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo, ahead); });
+    across(N, [&](auto width, int j) __attribute__((always_inline)) { micro<MR, width, ACC, AT, ASKS>(K, a, lda, B + j, ldb, out + i * ldo + j, ldo, ahead); });
   }
 }
 // Lower triangles, n x n: only blocks on and below the diagonal are touched.

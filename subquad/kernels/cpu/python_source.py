@@ -1,5 +1,5 @@
-"""C++: the steps as functions that Python calls with its tensors. A call with nothing to compute takes 4 us, output included, where the
-checked way in Python and ctypes takes 105 (one run on a busy machine).
+"""C++: the steps, and the linear ops where no gradient is asked for, as functions that Python calls with its tensors. A step with nothing to compute takes
+4 us, output included, where the checked way in Python and ctypes takes 105 (one run on a busy machine).
 
 Tensors are read through DLPack's exchange table, which torch.Tensor of torch 2.13 carries as `__dlpack_c_exchange_api__`, and of
 Python itself only functions of its stable ABI are used: no header is needed. A call that is unusual in any way (sizes that do not agree, other
@@ -16,6 +16,8 @@ double PyFloat_AsDouble(PyObject*);
 void PyErr_Clear(void);
 void Py_IncRef(PyObject*);
 void Py_DecRef(PyObject*);
+PyObject* PyTuple_New(intptr_t);
+int PyTuple_SetItem(PyObject*, intptr_t, PyObject*);
 void* PyEval_SaveThread(void);
 void PyEval_RestoreThread(void*);
 }
@@ -55,25 +57,25 @@ struct Call {  // sizes by letter, as in shapes.py: 0 is not settled
       ok = v.shape[i] == n && n > 0;
     }
   }
-  // Rows [B, H, K] or [B, T, H, K], or one number a head [B, H]
-  Tensor rows(PyObject* x, const char* letters) {
+  // Rows [B, H, K] or [B, T, H, K], or one number a head: [B, H] or [B, T, H]. Tokens, if any, are the second letter.
+  Tensor rows(PyObject* x, const char* letters, bool tokens = false) {
     View v;
     if (x == known.none || !look(x, v)) return {};
-    return rows(v, letters);
+    return rows(v, letters, tokens);
   }
-  Tensor rows(const View& v, const char* letters) {
+  Tensor rows(const View& v, const char* letters, bool tokens) {
     fit(v, letters);
     if (!ok) return {};
-    int n = v.dims;
-    if (n > 2) ok = v.strides[n - 1] == 1 || v.shape[n - 1] == 1;
-    return {(char*)v.data + v.offset, v.strides[0], n == 4 ? v.strides[1] : 0, v.strides[n == 4 ? 2 : 1], v.index};
+    int heads = tokens ? 2 : 1;
+    if (v.dims > heads + 1) ok = v.strides[heads + 1] == 1 || v.shape[heads + 1] == 1;
+    return {(char*)v.data + v.offset, v.strides[0], tokens ? v.strides[1] : 0, v.strides[heads], v.index};
   }
-  Tensor decay(PyObject* x, const char* letters, int64_t& mode) {  // one number a head, or one a feature
+  Tensor decay(PyObject* x, const char* letters, int64_t& mode, bool tokens = false) {  // one number a head, or one a feature
     View v;
     if (x == known.none || !look(x, v)) return {};
-    char scalar[3] = {letters[0], letters[1], 0};
-    mode = v.dims == 3 ? VECTOR : SCALAR;
-    return rows(v, mode == VECTOR ? letters : scalar);
+    char scalar[4] = {letters[0], letters[1], tokens ? letters[2] : '\0', 0};
+    mode = v.dims == (int)strlen(letters) ? VECTOR : SCALAR;
+    return rows(v, mode == VECTOR ? letters : scalar, tokens);
   }
   float* state(PyObject* x, const char* letters) {
     View v;
@@ -90,26 +92,69 @@ struct Call {  // sizes by letter, as in shapes.py: 0 is not settled
     if (y == -1.0 && PyErr_Occurred()) PyErr_Clear(), ok = false;
     return y;
   }
-  PyObject* run(StepArgs& a, void (*step)(const StepArgs*)) {
+  Map map(PyObject* const* x, int64_t& F) {  // five numbers of features.py; F: what it makes of Y
+    Map m = {(int64_t)number(x[0], 0), (int64_t)number(x[1], 0), number(x[2], 0), number(x[3], 0), number(x[4], 0)};
+    F = size['Y'] * (m.signs ? m.signs : 1);
+    return m;
+  }
+  bool whole() { return ok = ok && size['H'] % size['G'] == 0; }
+};
+static PyObject* none() { return Py_IncRef(known.none), known.none; }
+struct Made {  // a new tensor [a, b, c, d], or [a, b, c] where d is 0
+  Managed* made = nullptr;
+  int64_t shape[4], strides[4];
+  View like;
+  Made(bool wanted, bool bf16, int64_t a, int64_t b, int64_t c, int64_t d = 0) : shape{a, b, c, d}, like{nullptr, 1, 0, d ? 4 : 3, (uint8_t)(bf16 ? 4 : 2), (uint8_t)(bf16 ? 16 : 32), 1, shape, strides, 0} {
+    int64_t n = 1;
+    for (int i = like.dims - 1; i >= 0; n *= shape[i--]) strides[i] = n;
+    if (wanted && known.exchange->allocate(&like, &made, nullptr, [](void*, const char*, const char*) {})) made = nullptr;
+  }
+  ~Made() { if (made) made->deleter(made); }
+  char* data() const { return made ? (char*)made->view.data : nullptr; }
+  Tensor rows() const { return {data(), strides[0], strides[1], strides[2], like.code == 4}; }
+  PyObject* give() {  // null when Python cannot have it
     PyObject* out = nullptr;
-    a.B = size['B'], a.G = size['G'], a.K = size['K'], a.V = size['V'];
-    if (ok && size['H'] % a.G == 0) {
-      a.R = size['H'] / a.G;
-      int64_t shape[3] = {a.B, size['H'], a.V}, strides[3] = {shape[1] * shape[2], shape[2], 1};
-      View like = {nullptr, 1, 0, 3, 2, 32, 1, shape, strides, 0};
-      Managed* made = nullptr;
-      if (!known.exchange->allocate(&like, &made, nullptr, [](void*, const char*, const char*) {})) {
-        a.o = (float*)made->view.data;
-        void* thread = PyEval_SaveThread();
-        step(&a);
-        PyEval_RestoreThread(thread);
-        if (known.exchange->to(made, (void**)&out)) PyErr_Clear(), out = nullptr;
-      }
-    }
-    if (!out) Py_IncRef(out = known.none);
+    if (made && known.exchange->to(made, (void**)&out)) PyErr_Clear(), out = nullptr;
+    made = nullptr;
     return out;
   }
 };
+template <class Args>
+static void released(const Args& a, void (*run)(const Args*)) {
+  void* thread = PyEval_SaveThread();
+  run(&a);
+  PyEval_RestoreThread(thread);
+}
+static PyObject* run_step(Call& c, StepArgs& a, void (*step)(const StepArgs*)) {
+  if (!c.whole()) return none();
+  a.B = c.size['B'], a.G = c.size['G'], a.K = c.size['K'], a.V = c.size['V'], a.R = c.size['H'] / a.G;
+  Made o(true, false, a.B, c.size['H'], a.V);
+  if (!(a.o = (float*)o.data())) return none();
+  released(a, step);
+  PyObject* out = o.give();
+  return out ? out : none();
+}
+// (o [B, T, H, V] in the dtype of v, state [B, G, F, last] or None)
+template <class Args>
+static PyObject* run_op(Call& c, Args& a, bool final, int64_t F, int64_t last, void (*op)(const Args*)) {
+  if (!c.whole() || a.v.type == 2) return none();
+  a.N = c.size['B'], a.G = c.size['G'], a.V = c.size['V'], a.R = c.size['H'] / a.G, a.Y = c.size['Y'];
+  std::vector<int64_t> seq;
+  for (int64_t b = 0; b < a.N; b++) seq.insert(seq.end(), {b, 0, c.size['T']});
+  a.seq = seq.data();
+  Made o(true, a.v.type == 1, a.N, c.size['T'], c.size['H'], a.V), state(final, false, a.N, a.G, F, last);
+  if (!o.made || final != !!state.made) return none();
+  a.o = o.rows(), a.hT = (float*)state.data();
+  released(a, op);
+  PyObject *out = o.give(), *hT = final ? state.give() : none(), *both = out && hT ? PyTuple_New(2) : nullptr;
+  if (!both) {
+    if (out) Py_DecRef(out);
+    if (hT) Py_DecRef(hT);
+    return PyErr_Clear(), none();
+  }
+  PyTuple_SetItem(both, 0, out), PyTuple_SetItem(both, 1, hT);
+  return both;
+}
 // q, k, v, beta or None, state, log_decay or None, scale
 static PyObject* linear_step(PyObject*, PyObject* const* x, int64_t count) {
   Call c;
@@ -120,7 +165,7 @@ static PyObject* linear_step(PyObject*, PyObject* const* x, int64_t count) {
     a.g = c.decay(x[5], "BGK", a.mode), a.scale = c.number(x[6], 1.0);
     c.ok = c.ok && a.q.p && a.k.p && a.v.p && a.S && !(a.beta.p && a.mode == VECTOR);
   }
-  return c.run(a, subquad_linear_step);
+  return run_step(c, a, subquad_linear_step);
 }
 // q, k, v, fq, mix, state, left_fk, left_v, log_decay, scale, sink_k, sink_v; None where there is none
 static PyObject* window_step(PyObject*, PyObject* const* x, int64_t count) {
@@ -128,22 +173,54 @@ static PyObject* window_step(PyObject*, PyObject* const* x, int64_t count) {
   StepArgs a = {};
   c.ok = count == 12;
   if (c.ok) {
-    a.q = c.rows(x[0], "BHK"), a.k = c.rows(x[1], "BWGK"), a.v = c.rows(x[2], "BWGV"), a.fq = c.rows(x[3], "BHF"), a.mix = c.rows(x[4], "BH");
+    a.q = c.rows(x[0], "BHK"), a.k = c.rows(x[1], "BWGK", true), a.v = c.rows(x[2], "BWGV", true), a.fq = c.rows(x[3], "BHF"), a.mix = c.rows(x[4], "BH");
     c.size['X'] = c.size['V'] + 1;
     a.S = c.state(x[5], "BGFX"), a.lk = c.rows(x[6], "BGF"), a.lv = c.rows(x[7], "BGV"), a.g = c.decay(x[8], "BGF", a.mode);
-    a.sk = c.rows(x[10], "BNGK"), a.sv = c.rows(x[11], "BNGV");
+    a.sk = c.rows(x[10], "BNGK", true), a.sv = c.rows(x[11], "BNGV", true);
     a.F = a.S ? c.size['F'] : 0, a.W = c.size['W'], a.N = c.size['N'], a.scale = c.number(x[9], 1 / std::sqrt((double)c.size['K']));
     c.ok = c.ok && a.q.p && a.k.p && a.v.p && !a.sk.p == !a.sv.p;
     if (a.S) c.ok = c.ok && a.fq.p && a.mix.p && !a.lk.p == !a.lv.p;
     else c.ok = c.ok && !a.fq.p && !a.mix.p && !a.lk.p && !a.lv.p && !a.g.p;
   }
-  return c.run(a, subquad_window_linear_step);
+  return run_step(c, a, subquad_window_linear_step);
 }
-static Method methods[] = {{"linear_step", (void*)linear_step, FASTCALL, nullptr}, {"window_step", (void*)window_step, FASTCALL, nullptr}};
+// q, k, v, beta or None, log_decay or None, initial state or None, scale, is the final state wanted, threads, a map's five numbers
+static PyObject* linear(PyObject*, PyObject* const* x, int64_t count) {
+  Call c;
+  LinearArgs a = {};
+  c.ok = count == 14;
+  if (!c.ok) return none();
+  a.q = c.rows(x[0], "BTHY", true), a.k = c.rows(x[1], "BTGY", true), a.v = c.rows(x[2], "BTGV", true);
+  a.map = c.map(x + 9, a.K), c.size['F'] = a.K;
+  a.beta = c.rows(x[3], "BTG", true), a.g = c.decay(x[4], "BTGF", a.mode, true), a.h0 = c.state(x[5], "BGFV");
+  a.scale = c.number(x[6], 1), a.threads = c.number(x[8], 1);
+  c.ok = c.ok && a.q.p && a.k.p && a.v.p && !(a.beta.p && (a.mode == VECTOR || a.map.signs)) && !a.beta.type && !a.g.type;
+  return run_op(c, a, c.number(x[7], 0) != 0, a.K, c.size['V'], a.beta.p ? subquad_delta : subquad_additive);
+}
+// q, k, v, fq, fk, mix, log_decay, initial state, sink_k, sink_v, window, sinks, position, scale, final, threads, a map's five numbers
+static PyObject* window_linear(PyObject*, PyObject* const* x, int64_t count) {
+  Call c;
+  WindowArgs a = {};
+  c.ok = count == 21;
+  if (!c.ok) return none();
+  a.q = c.rows(x[0], "BTHK", true), a.k = c.rows(x[1], "BXGK", true), a.v = c.rows(x[2], "BXGV", true);
+  a.fq = c.rows(x[3], "BTHY", true), a.fk = c.rows(x[4], "BXGY", true), a.mix = c.rows(x[5], "BTH", true);
+  a.map = c.map(x + 16, a.F), c.size['F'] = a.F, c.size['W'] = c.size['V'] + 1, a.K = c.size['K'];
+  a.g = c.decay(x[6], "BTGF", a.mode, true), a.h0 = c.state(x[7], "BGFW"), a.sk = c.rows(x[8], "BNGK", true), a.sv = c.rows(x[9], "BNGV", true);
+  a.window = c.number(x[10], 0), a.sinks = c.number(x[11], 0), a.position = c.number(x[12], 0), a.threads = c.number(x[15], 1);
+  a.scale = c.number(x[13], 1 / std::sqrt((double)a.K)), a.before = c.size['X'] - c.size['T'], a.own_sinks = a.sk.p != nullptr;
+  c.ok = c.ok && a.q.p && a.k.p && a.v.p && a.fq.p && a.fk.p && a.mix.p && !a.sk.p == !a.sv.p && !a.mix.type && !a.g.type;
+  c.ok = c.ok && a.window > 0 && a.sinks >= 0 && a.before >= 0 && a.before <= a.position && (a.sk.p || !a.sinks || !a.position);
+  if (a.sk.p) a.sinks = c.size['N'];
+  else a.sk = a.k, a.sv = a.v;
+  return run_op(c, a, c.number(x[14], 0) != 0, a.F, c.size['W'], subquad_window_linear);
+}
+static Method methods[] = {{"linear_step", (void*)linear_step, FASTCALL, nullptr}, {"window_step", (void*)window_step, FASTCALL, nullptr},
+                           {"linear", (void*)linear, FASTCALL, nullptr}, {"window_linear", (void*)window_linear, FASTCALL, nullptr}};
 }  // namespace python
 
-// A Python function: which 0 linear_step, 1 window_step. Null with an error set when Python has no memory; None when the table is of another version.
-extern "C" PyObject* subquad_step_function(int64_t which, PyObject* none, PyObject* tensor, PyObject* parameter, const python::Exchange* exchange) {
+// A Python function: which 0 linear_step, 1 window_step, 2 linear, 3 window_linear. Null with an error set when Python has no memory; None when the table is of another version.
+extern "C" PyObject* subquad_python_function(int64_t which, PyObject* none, PyObject* tensor, PyObject* parameter, const python::Exchange* exchange) {
   if (exchange->major != 1) return Py_IncRef(none), none;
   python::known = {none, tensor, parameter, exchange};
   return PyCFunction_NewEx(&python::methods[which], nullptr, nullptr);

@@ -1,36 +1,14 @@
-"""One token at a time on the C++ kernels. Arguments as in ops.py; `quick` gives what ops.py tries first.
+"""One token at a time on the C++ kernels. Arguments as in ops.py.
 
 Key: as in ops.py.
 """
 
-import ctypes
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from subquad.kernels.cpu.build import library
 from subquad.kernels.cpu.structs import StepArgs, fill, pointer, rows, run
-
-# Functions of python_source.py, by number. Arguments: q, k, v, beta or None, state, log_decay, scale; q, k, v, fq, mix, state, left_fk, left_v,
-# log_decay, scale, sink_k, sink_v. None for what is not given.
-_QUICK = {"additive_step": 0, "delta_step": 0, "window_linear_step": 1}
-
-
-def quick(op: str) -> Callable[..., Tensor | None] | None:
-    """The compiled function of a step, which returns None for a call that it leaves to the checked way; None where torch has no exchange table."""
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    found = library()
-    if op not in _QUICK or capsule is None or isinstance(found, str):
-        return None
-    open_capsule = ctypes.pythonapi.PyCapsule_GetPointer
-    open_capsule.restype, open_capsule.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    make = ctypes.PyDLL(found._name).subquad_step_function
-    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_int64, *[ctypes.py_object] * 3, ctypes.c_void_p]
-    return make(_QUICK[op], None, Tensor, Parameter, open_capsule(capsule, b"dlpack_exchange_api"))
-
 
 def _in_place(fn):
     """The C++ steps write to contiguous fp32: any other state is copied there and back."""
