@@ -2,6 +2,7 @@
 
 import pytest
 
+from subquad.kernels import dispatch
 from subquad.kernels.cpu import build
 
 
@@ -11,6 +12,7 @@ def other_isa(request, monkeypatch):
     if isinstance(build.library(), str) or (request.param == "avx2" and build.isa() == "portable"):
         pytest.skip("not on this machine")
     monkeypatch.setenv("SUBQUAD_CPU_ISA", request.param)
+    monkeypatch.setattr(dispatch, "_quick", {})
     build.library.cache_clear()
     yield request.param
     build.library.cache_clear()

@@ -31,6 +31,12 @@ struct Features {
     ld = Fp;
     return buf;
   }
+  // Transposed: dst [Fp, rows]; buf as for load.
+  void load_columns(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* buf, float* dst) {
+    if (!m.signs) return load_transposed(t, b, from, h, rows, F, lo, hi, buf, dst);
+    load(t, b, from, h, rows, lo, hi, buf);
+    transpose(rows, Fp, buf, Fp, dst, rows);
+  }
   void row(float* x, float* dst, float least) {  // x [Yp] = gain y, padded with zeros; least: the floor
     float high[2] = {0, 0}, sum[2] = {0, 0};
     if (m.norm) {

@@ -7,6 +7,7 @@ Key: as in ops.py; N sequences, R = H / G.
 """
 
 import ctypes
+import itertools
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def _sequences(B: int, T: int, cu_seqlens: Tensor | None) -> ctypes.Array:
         found = [(b, 0, T) for b in range(B)]
     else:
         cu = cu_seqlens.tolist()
-        found = [(0, *pair) for pair in zip(cu[:-1], cu[1:], strict=True)]
+        found = [(0, *pair) for pair in itertools.pairwise(cu)]
     return (ctypes.c_int64 * 3 * len(found))(*found)
 
 

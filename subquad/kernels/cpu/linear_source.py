@@ -71,11 +71,9 @@ struct Linear {  // one (sequence, key/value head)
   // Keys and values that are written during this chunk: rows `from`.. (they may be other tokens than the queries').
   void keys(const Tensor& k, const Tensor& v, int64_t b, int64_t from, int64_t h, int64_t lo, int64_t hi) {
     load_tile(v, b, from, h, n, V, lo, hi, vv);
-    const float* some = kk;
-    int64_t ldk = Kp;
-    if (rows) phi.load(k, b, from, h, n, lo, hi, kk);
-    else some = phi.borrow(k, b, from, h, n, lo, hi, kk, ldk);
-    if (mode != VECTOR) transpose(n, Kp, some, ldk, kT, n);
+    if (!rows) return phi.load_columns(k, b, from, h, n, lo, hi, kk, kT);
+    phi.load(k, b, from, h, n, lo, hi, kk);
+    if (mode != VECTOR) transpose(n, Kp, kk, Kp, kT, n);
   }
   void load(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t lo, int64_t hi) {
     decays(a.g, b, t, h, lo, hi);
@@ -107,7 +105,7 @@ struct Linear {  // one (sequence, key/value head)
     }
   }
   // out [n, Vp] = scale q_t . S_t; den[t] = q_t . z_t
-  void read(const float* q, int64_t ldq, float* out, int64_t ldo, float* den, float scale = 1.0f, Ahead* ahead = nullptr) {
+  void read(const float* q, int64_t ldq, Place out, float* den, float scale = 1.0f, Ahead* ahead = nullptr) {
     if (mode == VECTOR) {
       products(q, ldq);
       for (int t = 0; t < n; t++)
@@ -117,7 +115,7 @@ struct Linear {  // one (sequence, key/value head)
       lower_product(n, Kp, q, ldq, kT, P, ahead);
       mask_rows(P);
     }
-    lower_sum(n, Vp, empty ? 0 : Kp, q, ldq, S, mode == SCALAR ? ec : nullptr, P, u, scale, out, ldo, ahead);
+    lower_sum(n, Vp, empty ? 0 : Kp, q, ldq, S, mode == SCALAR ? ec : nullptr, P, u, scale, out, ahead);
     if (den)
       for (int t = 0; t < n; t++) {
         vf s = {};
@@ -219,11 +217,11 @@ static void forward(const LinearArgs& a) {
         l.load(a, b, t, h, lo, hi);
         Ahead ahead = part_of_next(a, b, t + l.n, h, h0, h1, l.n, hi);
         for (int64_t r = 0; r < a.R; r++) {
-          int64_t head = h * a.R + r, ldq, ldo;
+          int64_t head = h * a.R + r, ldq;
           const float* rows = l.phi.borrow(a.q, b, t, head, l.n, lo, hi, q, ldq);
-          float* to = lend_tile(a.o, b, t, head, l.n, a.V, lo, hi, out, ldo);
-          l.read(rows, ldq, to, ldo, nullptr, a.scale, &ahead);
-          if (to == out) store_tile(a.o, b, t, head, l.n, a.V, lo, hi, out);
+          Place to = lend_tile(a.o, b, t, head, l.n, a.V, lo, hi, out);
+          l.read(rows, ldq, to, nullptr, a.scale, &ahead);
+          if (to.p == out) store_tile(a.o, b, t, head, l.n, a.V, lo, hi, out);
         }
         if (a.hT || t + l.n < hi) l.write(&ahead);
         heads.put(h);

@@ -89,7 +89,7 @@ INLINE void micro(int K, const float* A, int64_t lda, const float* B, int64_t ld
 // out = scale (fade A[M, K] B[K, N] + C[M, J] D[J, N]), fade: one number a row, or null.
 template <int M, int N>
 INLINE void micro_sum(int K, const float* A, int64_t lda, const float* B, const float* fade, int J, const float* C, int64_t ldc, const float* D, int64_t ldb,
-                      float scale, float* out, int64_t ldo, Ahead* ahead) {
+                      float scale, Place out, Ahead* ahead) {
   vf acc[M][N];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) acc[m][n] = (vf){};
@@ -98,7 +98,7 @@ INLINE void micro_sum(int K, const float* A, int64_t lda, const float* B, const 
     for (int n = 0; n < N; n++) acc[m][n] *= bc(fade[m]);
   multiply<M, N, false>(acc, J, C, ldc, D, ldb, few(ahead, J, C));
   for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) st(out + m * ldo + n * L, acc[m][n] * scale);
+    for (int n = 0; n < N; n++) out.put(m, n * L, acc[m][n] * scale);
 }
 // fn(width, j) for the columns j .. of N, as many vectors at a time as the register tile has. fn is to be inlined: as a call a chunk takes 6 % longer.
 template <class F>
@@ -123,11 +123,11 @@ static void lower_rows(int n, int N, const float* A, int64_t lda, const float* B
 }
 // out = scale (fade A B + C D), A [n, K], C lower [n, n]: a chunk's outputs from the state before it and from its own tokens.
 static void lower_sum(int n, int N, int K, const float* A, int64_t lda, const float* B, const float* fade, const float* C, const float* D, float scale,
-                      float* out, int64_t ldo, Ahead* ahead = nullptr) {
+                      Place out, Ahead* ahead = nullptr) {
   for (int i = 0; i < n; i += MR) {
     const float* f = fade ? fade + i : fade;
     across(N, [&](auto width, int j) __attribute__((always_inline)) {
-      micro_sum<MR, width>(K, A + i * lda, lda, B + j, f, i + MR, C + i * n, n, D + j, N, scale, out + i * ldo + j, ldo, ahead);
+      micro_sum<MR, width>(K, A + i * lda, lda, B + j, f, i + MR, C + i * n, n, D + j, N, scale, out.from(i, j), ahead);
     });
   }
 }

@@ -104,7 +104,8 @@ struct Made {  // a new tensor [a, b, c, d], or [a, b, c] where d is 0
   Managed* made = nullptr;
   int64_t shape[4], strides[4];
   View like;
-  Made(bool wanted, bool bf16, int64_t a, int64_t b, int64_t c, int64_t d = 0) : shape{a, b, c, d}, like{nullptr, 1, 0, d ? 4 : 3, (uint8_t)(bf16 ? 4 : 2), (uint8_t)(bf16 ? 16 : 32), 1, shape, strides, 0} {
+  Made(bool wanted, bool bf16, int64_t a, int64_t b, int64_t c, int64_t d = 0) : shape{a, b, c, d} {
+    like = {nullptr, 1, 0, d ? 4 : 3, (uint8_t)(bf16 ? 4 : 2), (uint8_t)(bf16 ? 16 : 32), 1, shape, strides, 0};
     int64_t n = 1;
     for (int i = like.dims - 1; i >= 0; n *= shape[i--]) strides[i] = n;
     if (wanted && known.exchange->allocate(&like, &made, nullptr, [](void*, const char*, const char*) {})) made = nullptr;
@@ -215,11 +216,15 @@ static PyObject* window_linear(PyObject*, PyObject* const* x, int64_t count) {
   else a.sk = a.k, a.sv = a.v;
   return run_op(c, a, c.number(x[14], 0) != 0, a.F, c.size['W'], subquad_window_linear);
 }
-static Method methods[] = {{"linear_step", (void*)linear_step, FASTCALL, nullptr}, {"window_step", (void*)window_step, FASTCALL, nullptr},
-                           {"linear", (void*)linear, FASTCALL, nullptr}, {"window_linear", (void*)window_linear, FASTCALL, nullptr}};
+static Method methods[] = {
+    {"linear_step", (void*)linear_step, FASTCALL, nullptr},
+    {"window_step", (void*)window_step, FASTCALL, nullptr},
+    {"linear", (void*)linear, FASTCALL, nullptr},
+    {"window_linear", (void*)window_linear, FASTCALL, nullptr},
+};
 }  // namespace python
 
-// A Python function: which 0 linear_step, 1 window_step, 2 linear, 3 window_linear. Null with an error set when Python has no memory; None when the table is of another version.
+// A Python function: which of `methods`. Null with an error set when Python has no memory; None when the table is of another version.
 extern "C" PyObject* subquad_python_function(int64_t which, PyObject* none, PyObject* tensor, PyObject* parameter, const python::Exchange* exchange) {
   if (exchange->major != 1) return Py_IncRef(none), none;
   python::known = {none, tensor, parameter, exchange};

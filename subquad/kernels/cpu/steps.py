@@ -10,6 +10,7 @@ from torch import Tensor
 
 from subquad.kernels.cpu.structs import StepArgs, fill, pointer, rows, run
 
+
 def _in_place(fn):
     """The C++ steps write to contiguous fp32: any other state is copied there and back."""
 

@@ -23,7 +23,7 @@ INLINE vf half_to_float(vu h) {  // fp16 bits
 }
 INLINE vf load(const char* p, int64_t type) {
   if (type == 0) return ld((const float*)p);
-  vu h = __builtin_convertvector(*(const vhu*)p, vu);
+  vu h = widen(*(const vhu*)p);
   return type == 1 ? (vf)(h << 16) : half_to_float(h);
 }
 static inline float load1(const char* p, int64_t type) {
@@ -35,11 +35,26 @@ static inline float load1(const char* p, int64_t type) {
 }
 INLINE vh to_bf16(vf x) {  // to nearest, ties to even; NaN stays NaN
   vu b = (vu)x, r = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  vu nan = (vu)(x != x);
-  return __builtin_convertvector((r & ~nan) | (((b >> 16) | 0x40) & nan), vh);
+  return narrow(x != x ? (vu){} + 0x7fc0u : r);
+}
+// Are these rows tiles as they stand in memory, but for their dtype?
+static bool is_whole(int64_t from, int rows, int size, int64_t lo, int64_t hi) { return size % L == 0 && from >= lo && from + rows <= hi; }
+template <int TYPE>
+static void load_whole(const char* p, int64_t stride, int rows, int size, float* dst, float scale) {
+  for (int r = 0; r < rows; r++, p += stride, dst += size)
+    for (int c = 0; c < size; c += L) {
+      vf x = load(p + (TYPE ? 2 : 4) * c, TYPE);
+      st(dst + c, scale == 1.0f ? x : scale * x);
+    }
 }
 // Rows `from`.. of one head into a tile [rows, up(size)]; rows outside [lo, hi) and padding are zeros.
 static void load_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* dst, float scale = 1.0f) {
+  if (is_whole(from, rows, size, lo, hi)) {
+    const char* p = at(t, b, from, h);
+    if (t.type == 0) return load_whole<0>(p, 4 * t.st, rows, size, dst, scale);
+    if (t.type == 1) return load_whole<1>(p, 2 * t.st, rows, size, dst, scale);
+    return load_whole<2>(p, 2 * t.st, rows, size, dst, scale);
+  }
   int width = up(size), whole = size / L * L;
   for (int r = 0; r < rows; r++, dst += width) {
     int64_t i = from + r;
@@ -49,20 +64,31 @@ static void load_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int r
     }
     const char* p = at(t, b, i, h);
     int c = 0;
-    if (t.type == 0) for (; c < whole; c += L) st(dst + c, scale * ld((const float*)p + c));
-    else if (t.type == 1) for (; c < whole; c += L) st(dst + c, scale * load(p + 2 * c, 1));
-    else for (; c < whole; c += L) st(dst + c, scale * load(p + 2 * c, 2));
+    for (; c < whole; c += L) st(dst + c, scale * load(p + (t.type ? 2 : 4) * c, t.type));
     for (; c < size; c++) dst[c] = scale * load1(p + (t.type ? 2 : 4) * c, t.type);
     for (; c < width; c++) dst[c] = 0;
   }
 }
-// Are these rows tiles as they stand in memory?
-static bool is_tile(const Tensor& t, int64_t from, int rows, int size, int64_t lo, int64_t hi) {
-  return t.type == 0 && size % L == 0 && from >= lo && from + rows <= hi;
+// The same, transposed: dst [up(size), rows]; through buf [rows, up(size)] where rows are no whole tile.
+template <int TYPE>
+static void transpose_whole(const char* p, int64_t stride, int rows, int size, float* dst) {
+  for (int r = 0; r < rows; r += L)
+    for (int c = 0; c < size; c += L)
+      transpose_block([&](int i) __attribute__((always_inline)) { return load(p + (r + i) * stride + (TYPE ? 2 : 4) * c, TYPE); }, dst + c * rows + r, rows);
+}
+static void load_transposed(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* buf, float* dst) {
+  if (is_whole(from, rows, size, lo, hi)) {
+    const char* p = at(t, b, from, h);
+    if (t.type == 0) return transpose_whole<0>(p, 4 * t.st, rows, size, dst);
+    if (t.type == 1) return transpose_whole<1>(p, 2 * t.st, rows, size, dst);
+    return transpose_whole<2>(p, 2 * t.st, rows, size, dst);
+  }
+  load_tile(t, b, from, h, rows, size, lo, hi, buf);
+  transpose(rows, up(size), buf, up(size), dst, rows);
 }
 // The same, without a copy where the tensor's own rows can serve (only as the left factor of a product: rows may lie far apart).
 static const float* borrow_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* buf, int64_t& ld) {
-  if (is_tile(t, from, rows, size, lo, hi)) {
+  if (t.type == 0 && is_whole(from, rows, size, lo, hi)) {
     ld = t.st;
     return (const float*)at(t, b, from, h);
   }
@@ -70,11 +96,21 @@ static const float* borrow_tile(const Tensor& t, int64_t b, int64_t from, int64_
   ld = up(size);
   return buf;
 }
-// Where results of a tile go: into the tensor's own rows where they can, else into a buffer, to be stored.
-static float* lend_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* buf, int64_t& ld) {
-  bool own = is_tile(t, from, rows, size, lo, hi);
-  ld = own ? t.st : up(size);
-  return own ? (float*)at(t, b, from, h) : buf;
+// Where results of a tile go, rows `stride` numbers apart.
+struct Place {
+  void* p;
+  int64_t stride;
+  bool bf16 = false;
+  INLINE_MEMBER Place from(int r, int c) const { return {(char*)p + (r * stride + c) * (bf16 ? 2 : 4), stride, bf16}; }
+  INLINE_MEMBER void put(int r, int c, vf x) const {
+    if (bf16) *(vhu*)((uint16_t*)p + r * stride + c) = to_bf16(x);
+    else st((float*)p + r * stride + c, x);
+  }
+};
+// Into the tensor's own rows where they can, else into a buffer, to be stored.
+static Place lend_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* buf) {
+  if (is_whole(from, rows, size, lo, hi)) return {(void*)at(t, b, from, h), t.st, t.type == 1};
+  return {buf, up(size)};
 }
 static void store_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, const float* src, float scale = 1.0f,
                        bool past = false) {  // past: stream them

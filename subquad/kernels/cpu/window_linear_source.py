@@ -82,7 +82,7 @@ struct MixedForward {  // neighbouring heads h0 .. h1 of one sequence, block by 
       for (int64_t r = 0; r < a.R; r++) {
         float* mine = parts + r * BQ * (w.Vp + 1);
         const float* fq = l.phi.borrow(a.fq, b, t + c, h * a.R + r, l.n, lo, hi, fbuf, ld);
-        l.read(fq, ld, mine + c * w.Vp, w.Vp, mine + BQ * w.Vp + c);
+        l.read(fq, ld, {mine + c * w.Vp, w.Vp}, mine + BQ * w.Vp + c);
       }
       if (t + c < hi) l.write();
     }
@@ -95,7 +95,7 @@ struct MixedForward {  // neighbouring heads h0 .. h1 of one sequence, block by 
       if (some && l.mode == VECTOR) yr = parts + r * BQ * (w.Vp + 1), dr = yr + BQ * w.Vp;
       else if (some) {
         const float* fq = l.phi.borrow(a.fq, b, t, head, BQ, lo, hi, fbuf, ld);
-        l.read(fq, ld, y, w.Vp, yden, 1.0f, &ahead);
+        l.read(fq, ld, {y, w.Vp}, yden, 1.0f, &ahead);
       }
       load_column(a.mix, b, t, head, BQ, lo, hi, mix);
       for (int m = 0; m < BQ && t + m < hi; m++) join(some && older(a, i * BQ + m), m, w.Vp, yr + m * w.Vp, dr[m]);
