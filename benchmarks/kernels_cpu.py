@@ -10,6 +10,7 @@ flash-linear-attention's and transformers' own torch forms are compared where th
 import argparse
 import inspect
 import json
+import random
 import time
 from collections.abc import Callable
 
@@ -25,12 +26,13 @@ CHUNK = 64
 
 
 def minima(contenders: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Seconds of each, the best of `rounds`; everybody once per round."""
+    """Seconds of each, the best of `rounds`; everybody once per round, in an order drawn anew: nobody always follows who has just read the same tensors."""
     best: dict[str, float] = {}
     for fn in contenders.values():
         fn()  # compiles, allocates
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, fn in contenders.items():
+        for name, fn in order.sample(list(contenders.items()), len(contenders)):
             start = time.process_time()
             fn()
             best[name] = min(best.get(name, float("inf")), time.process_time() - start)
