@@ -9,8 +9,10 @@ Key: B batch, T tokens of this call, S tokens so far, H query heads, G key/value
 
 import copy
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -42,6 +44,15 @@ HARMLESS = {
 REFUSED = {"position_bias", "alibi", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_mask", "score_mod"}
 
 
+@dataclass
+class LayerInput:
+    """What a converted layer is called with besides queries, keys and values."""
+
+    hidden: Tensor | None = None  # [B, T, D]
+    rotation: tuple[Tensor, Tensor] | None = None  # cos, sin
+    state: MixerState | None = None
+
+
 class LayerSeam:
     """What one converted attention module needs at the seam. A plain object, so that nothing of it lands in the state dict."""
 
@@ -51,9 +62,11 @@ class LayerSeam:
         order = [*self.exact, *self.soft]
         self.inverse = [order.index(g) for g in range(kv_heads)]
         self.config = module.config
-        self.hidden: Tensor | None = None
-        self.rotation: tuple[Tensor, Tensor] | None = None  # cos, sin of this call
-        self.state: MixerState | None = None
+        self._inputs: dict[int, LayerInput] = {}  # of calls under way, by thread: a server may call one model from several
+
+    @property
+    def input(self) -> LayerInput:
+        return self._inputs.get(threading.get_ident()) or LayerInput()
 
     def attach(self) -> None:
         own = copy.copy(self.config)
@@ -74,19 +87,19 @@ class LayerSeam:
     def before(self, module, args, kwargs) -> None:
         """Note this call's layer input and put our state into its cache."""
         values = [*args, *kwargs.values()]
-        self.hidden = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point()), None)
+        hidden = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point()), None)
         cache = next((x for x in values if isinstance(x, Cache)), None)
         pairs = (
             x for x in values if isinstance(x, tuple) and len(x) == 2 and all(isinstance(y, Tensor) and y.is_floating_point() for y in x)
         )
-        self.rotation = next(pairs, None)
-        self.state = None
+        state = None
         if cache is not None and self.root.note.mode.name == "student":
-            self.state = state_of(cache, self.index, self.teacher_window)
-            self.state.updated = False
+            state = state_of(cache, self.index, self.teacher_window)
+            state.updated = False
+        self._inputs[threading.get_ident()] = LayerInput(hidden, next(pairs, None), state)
 
     def after(self, module, args, output) -> None:
-        self.hidden = self.rotation = self.state = None
+        self._inputs.pop(threading.get_ident(), None)
 
 
 def seams(model: nn.Module) -> list[LayerSeam]:
@@ -177,7 +190,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         mode = {"transfer": _transfer, "gated": _gated}[note.mode.name]
         return mode(seam, note, query, key, value, exact, kwargs), None
     _check(seam, kwargs)
-    state = seam.state
+    state = seam.input.state
     if state is not None and not state.updated:
         raise UserError(
             f"Layer {seam.index} ({type(module).__name__}) attends without adding to its own cache layer (it shares keys with another layer). Keep it exact."
@@ -220,7 +233,7 @@ def run_mixer(
     heads = seam.soft if heads is None else heads
     B, _, T, _ = q.shape
     G = len(heads)
-    hidden = seam.hidden
+    hidden = seam.input.hidden
     if hidden is None or hidden.shape[:2] != (B, T):
         raise UserError(
             f"Layer {seam.index} ({type(seam.module).__name__}) was called without its hidden states [batch, tokens, size]; it cannot be converted."
@@ -236,7 +249,7 @@ def run_mixer(
     call.causal = is_causal(seam.module)
     if note.mode.calibrating:
         call.calibrating, call.reach, call.exact_BTGRV = True, kwargs.get("sliding_window"), exact.unflatten(2, (G, -1))
-    if mixer.plain and seam.rotation is not None:
+    if mixer.plain and seam.input.rotation is not None:
         plain_q, plain_k = unrotated(seam, q, k)
         call.plain_q_BTGRK, call.plain_k_BTGK = plain_q.transpose(1, 2).unflatten(2, (G, -1)), plain_k.transpose(1, 2)
     layout = note.layout(B, T, cached=state is not None)
@@ -259,7 +272,7 @@ def is_causal(module: nn.Module) -> bool:
 
 def unrotated(seam: LayerSeam, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q, k [B, P, T, K] before the family's rotary embedding: its own function with the angle turned round. UserError where it has none."""
-    cos, sin = seam.rotation
+    cos, sin = seam.input.rotation
     modules = (sys.modules.get(cls.__module__) for cls in type(seam.module).__mro__)
     rotate = next((f for m in modules if (f := getattr(m, "apply_rotary_pos_emb", None)) is not None), None)
     size = cos.shape[-1]
@@ -277,12 +290,12 @@ def _transfer(seam: LayerSeam, note: CallNote, q, k, v, exact, kwargs) -> Tensor
     """Hand the mixer's and the teacher's output of the converted heads to the caller; the exact output goes on."""
     total = seam.module.mixer.total_kv_heads
     q, k, v = (_heads(x, seam.soft, total).detach() for x in (q, k, v))
-    kept, seam.hidden = seam.hidden, seam.hidden.detach()
+    own = seam.input
+    own.hidden = None if own.hidden is None else own.hidden.detach()
     with torch.enable_grad():
         target = exact.detach().unflatten(2, (total, -1))[:, :, list(seam.soft)].flatten(2, 3)
         mixed = run_mixer(seam, note, q, k, v, None, kwargs, exact=target)
         note.mode.on_layer(seam.index, mixed, target, note.padding(q.shape[0], q.shape[2]))
-    seam.hidden = kept
     return exact
 
 

@@ -7,10 +7,12 @@ Key: as in subquad/kernels/ops.py; R query heads per key/value head.
 """
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
 from tolerances import OP, OP_GRADIENT, assert_near
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from subquad.errors import UserError
 from subquad.kernels import dispatch, ops
@@ -415,8 +417,9 @@ def test_gradients_seen_from_many_places_are_read_where_they_are(sizes, backend)
         assert_near(a, b, OP)
 
 
-def test_auto_says_once_what_it_took(caplog):
-    dispatch._said.clear()
+def test_auto_says_once_what_it_took(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(dispatch, "_quick", {})
     x = torch.randn(1, 4, 1, 8)
     with caplog.at_level(logging.INFO, logger="subquad.kernels"):
         ops.additive(x, x, x)
@@ -456,6 +459,16 @@ def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path, caplog):
             ops.additive(x, x, x, backend="cpu")
     finally:
         build.library.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_tensors_of_a_trace_go_to_torch(backend):
+    """A FakeTensor says that it is in main memory, and has no memory."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, 70, 2, 16) for _ in range(3))
+        with pytest.raises(UserError, match="a trace") if backend == "cpu" else nullcontext():
+            o, state = ops.additive(q, k, v, output_final_state=True, backend=backend)
+            assert (o.shape, state.shape) == ((1, 70, 2, 16), (1, 2, 16, 16))
 
 
 def test_other_instruction_sets(other_isa):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from contextlib import nullcontext
 from functools import partial
 
@@ -82,6 +83,29 @@ def test_implementation_may_be_switched_after_conversion(student):
         assert_near(full(student, IDS), wanted, FAMILY, name)
         assert_near(chunked(student, IDS, [9, 15, 16])[0], wanted, FAMILY, f"{name}, chunked")
         assert student.config._attn_implementation == name
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+def test_calls_in_two_threads_do_not_mix(student, cached):
+    """One call waits inside its first attention module while another runs: as a server with several threads calls a model."""
+    inside, go_on, found = threading.Event(), threading.Event(), []
+
+    def wait(module, args):
+        if threading.current_thread() is other:
+            inside.set()
+            assert go_on.wait(60)
+
+    other = threading.Thread(target=lambda: found.append(student(input_ids=IDS, use_cache=cached).logits))
+    wanted = student(input_ids=IDS, use_cache=cached).logits
+    hook = student.model.layers[0].self_attn.q_proj.register_forward_pre_hook(wait)
+    other.start()
+    assert inside.wait(60)
+    beside = tokens(*IDS.shape, seed=1)
+    alone = student(input_ids=beside, use_cache=cached).logits
+    go_on.set()
+    other.join()
+    hook.remove()
+    assert torch.equal(found[0], wanted) and torch.equal(alone, student(input_ids=beside, use_cache=cached).logits)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -11,6 +11,7 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -28,6 +29,8 @@ def why_not(op: str, args: tuple, kwargs: dict) -> str | None:
     if isinstance(found, str):
         return found
     for x in (*args, *kwargs.values()):
+        if isinstance(x, FakeTensor):
+            return "it takes tensors with numbers in them, not those of a trace"
         if isinstance(x, Tensor) and (x.device.type != "cpu" or (x.is_floating_point() and x.dtype not in TYPES)):
             return f"it takes fp32, bf16 and fp16 tensors in main memory, not {x.dtype} on {x.device.type}"
     if op == "banded":
