@@ -31,6 +31,11 @@ struct Features {
     ld = Fp;
     return buf;
   }
+  // Rows of 16-bit numbers that can be loaded later, into buf.
+  Late late(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* buf) const {
+    if (m.signs || t.type == 0 || !is_whole(from, rows, F, lo, hi)) return {};
+    return {at(t, b, from, h), 2 * t.st, t.type, F, buf};
+  }
   // Transposed: dst [Fp, rows]; buf as for load.
   void load_columns(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* buf, float* dst) {
     if (!m.signs) return load_transposed(t, b, from, h, rows, F, lo, hi, buf, dst);

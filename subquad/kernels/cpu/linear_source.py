@@ -105,14 +105,14 @@ struct Linear {  // one (sequence, key/value head)
     }
   }
   // out [n, Vp] = scale q_t . S_t; den[t] = q_t . z_t
-  void read(const float* q, int64_t ldq, Place out, float* den, float scale = 1.0f, Ahead* ahead = nullptr) {
+  void read(const float* q, int64_t ldq, Place out, float* den, float scale = 1.0f, Ahead* ahead = nullptr, const Late& late = {}) {
     if (mode == VECTOR) {
       products(q, ldq);
       for (int t = 0; t < n; t++)
         for (int f = 0; f < Kp; f += L) st(qs + t * Kp + f, ld(q + t * ldq + f) * ld(ec + t * Kp + f));
       q = qs, ldq = Kp;
     } else {
-      lower_product(n, Kp, q, ldq, kT, P, ahead);
+      lower_product(n, Kp, q, ldq, kT, P, ahead, late);
       mask_rows(P);
     }
     lower_sum(n, Vp, empty ? 0 : Kp, q, ldq, S, mode == SCALAR ? ec : nullptr, P, u, scale, out, ahead);
@@ -218,9 +218,11 @@ static void forward(const LinearArgs& a) {
         Ahead ahead = part_of_next(a, b, t + l.n, h, h0, h1, l.n, hi);
         for (int64_t r = 0; r < a.R; r++) {
           int64_t head = h * a.R + r, ldq;
-          const float* rows = l.phi.borrow(a.q, b, t, head, l.n, lo, hi, q, ldq);
+          Late late = l.phi.late(a.q, b, t, head, l.n, lo, hi, q);
+          const float* rows = late.p && l.mode != VECTOR ? q : l.phi.borrow(a.q, b, t, head, l.n, lo, hi, q, ldq);
+          if (rows == q) ldq = l.Kp;
           Place to = lend_tile(a.o, b, t, head, l.n, a.V, lo, hi, out);
-          l.read(rows, ldq, to, nullptr, a.scale, &ahead);
+          l.read(rows, ldq, to, nullptr, a.scale, &ahead, late);
           if (to.p == out) store_tile(a.o, b, t, head, l.n, a.V, lo, hi, out);
         }
         if (a.hT || t + l.n < hi) l.write(&ahead);

@@ -134,8 +134,10 @@ static void lower_sum(int n, int N, int K, const float* A, int64_t lda, const fl
 static void lower_transposed(int n, int N, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldo) {  // += A^T B
   for (int j = 0; j < n; j += MR) gemm<true, true>(MR, N, n - j, A + j * lda + j, lda, B + j * ldb, ldb, out + j * ldo, ldo);
 }
-static void lower_product(int n, int K, const float* A, int64_t lda, const float* BT, float* out, Ahead* ahead = nullptr) {  // out lower = A B^T, BT [K, n]
+// out lower = A B^T, BT [K, n]; late: rows of A that are loaded as they are needed
+static void lower_product(int n, int K, const float* A, int64_t lda, const float* BT, float* out, Ahead* ahead = nullptr, const Late& late = {}) {
   for (int i = 0; i < n; i += MR) {
+    if (late.p) late.load(i, MR);
     int cols = up(i + MR);
     gemm<false, false>(MR, cols < n ? cols : n, K, A + i * lda, lda, BT, n, out + i * n, n, ahead);
   }
