@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from subquad.errors import UserError
+from subquad.kernels.shapes import more_than_numbers
 from subquad.registry import check_name
 
 OPS = ("additive", "delta", "banded", "window_linear", "additive_step", "delta_step", "window_linear_step")
@@ -51,7 +52,10 @@ def why_not(name: str, op: str, args: tuple, kwargs: dict[str, Any]) -> str | No
     if not hasattr(module, op):
         return f"it has no {op}"
     asks = getattr(module, "why_not", None)
-    return None if asks is None else asks(op, args, kwargs)
+    if asks is None:
+        return None
+    more = more_than_numbers((*args, *kwargs.values()))
+    return asks(op, args, kwargs) if more is None else f"it is compiled code and reads numbers from memory, and the call has {more}"
 
 
 def quick(op: str, backend: str, *args) -> Any:

@@ -1,6 +1,15 @@
-"""Sizes that must agree before pointers reach compiled code. A letter is a size; the same letter is the same size everywhere in a call."""
+"""What must hold before pointers reach compiled code: sizes that agree, and tensors that are numbers in memory and nothing else.
 
+A letter is a size; the same letter is the same size everywhere in a call.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from subquad.errors import raise_all
 
@@ -20,6 +29,20 @@ def agree(op: str, given: dict[str, tuple[Tensor | None, str]], **known: int) ->
     if not problems and "H" in sizes and "G" in sizes and sizes["H"] % sizes["G"]:
         problems.append(f"{op}: {sizes['H']} query heads are no multiple of {sizes['G']} key/value heads.")
     raise_all(problems)
+
+
+def more_than_numbers(given: Iterable[Any]) -> str | None:
+    """What some tensor of `given` has or is besides numbers in memory, which compiled code would neither see nor give back; None: nothing."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    for x in given:
+        if not isinstance(x, Tensor):
+            continue
+        if type(x) not in (Tensor, Parameter):
+            return f"a {type(x).__name__}"  # a trace's FakeTensor has no memory, other subclasses have rules of their own
+        if x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
+            return "a tangent of forward-mode differentiation"
+    return None
 
 
 def sequences(q_BTHK: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -4,6 +4,7 @@ import pytest
 
 from subquad.kernels import dispatch
 from subquad.kernels.cpu import build
+from subquad.kernels.cpu.quick import quick as quick_function
 
 
 @pytest.fixture(params=["avx2", "portable"])
@@ -16,3 +17,12 @@ def other_isa(request, monkeypatch):
     build.library.cache_clear()
     yield request.param
     build.library.cache_clear()
+
+
+@pytest.fixture
+def quick():
+    """The functions by op, as `auto` finds them after its first call; skipped without C++ or torch's exchange table."""
+    found = {op: run for op in dispatch.OPS if (run := quick_function(op)) is not None}
+    if not found:
+        pytest.skip("no C++ or no exchange table here")
+    return found

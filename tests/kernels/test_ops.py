@@ -7,12 +7,13 @@ Key: as in subquad/kernels/ops.py; R query heads per key/value head.
 """
 
 import logging
-from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerances import OP, OP_GRADIENT, assert_near
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from subquad.errors import UserError
 from subquad.kernels import dispatch, ops
@@ -461,14 +462,58 @@ def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path, caplog):
         build.library.cache_clear()
 
 
-@pytest.mark.parametrize("backend", ["auto", "cpu"])
-def test_tensors_of_a_trace_go_to_torch(backend):
+def plain_calls():
+    """Every op as a function of q [1, 70, 2, 16] and a backend."""
+    k, v, fq, fk = (torch.rand(1, 70, 2, 16, dtype=D64) for _ in range(4))
+    g, beta, mix = (torch.rand(1, 70, 2, dtype=D64) for _ in range(3))
+    to = lambda q, *given: [x.to(q.dtype) for x in given]  # noqa: E731
+    return {
+        "additive": lambda q, b: ops.additive(q, *to(q, k, v, -g), backend=b)[0],
+        "delta": lambda q, b: ops.delta(q, *to(q, F.normalize(k, dim=-1), v, beta, -g), backend=b)[0],
+        "banded": lambda q, b: ops.banded(q, *to(q, k, v), window=8, sinks=2, normalise=True, backend=b)[0],
+        "window_linear": lambda q, b: ops.window_linear(q, *to(q, k, v, fq, fk, mix, -g), window=8, sinks=2, backend=b)[0],
+    }
+
+
+def dual(fn, q):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(fn(forward_ad.make_dual(q, torch.ones_like(q)))).tangent
+
+
+class Own(torch.Tensor):
+    """A subclass, whose operations are its own business."""
+
+
+MORE_THAN_NUMBERS = {
+    "a tangent": dual,
+    "jvp": lambda fn, q: torch.func.jvp(fn, (q,), (torch.ones_like(q),))[1],
+    "grad": lambda fn, q: torch.func.grad(lambda x: fn(x).sum())(q),
+    "vmap": lambda fn, q: torch.func.vmap(fn)(torch.stack([q, 2 * q])),
+    "a subclass": lambda fn, q: fn(q.as_subclass(Own)),
+}
+
+
+@pytest.mark.parametrize("how", MORE_THAN_NUMBERS)
+@pytest.mark.parametrize("op", ["additive", "delta", "banded", "window_linear"])
+def test_tensors_that_are_more_than_numbers_go_to_torch(op, how):
+    """Compiled code would lose what they carry. Twice: from its second call on `auto` skips the checks where it can."""
+    fn, through, q = plain_calls()[op], MORE_THAN_NUMBERS[how], torch.randn(1, 70, 2, 16)
+    fn(q, "auto"), fn(q, "auto")
+    wanted = through(lambda x: fn(x, "definition"), q.double())
+    for _ in range(2):
+        assert_near(through(lambda x: fn(x, "auto"), q), wanted, OP_GRADIENT)
+    with pytest.raises(UserError, match=r"cannot run .*compiled code"):
+        through(lambda x: fn(x, "cpu"), q)
+
+
+@pytest.mark.parametrize("op", ["additive", "delta", "banded", "window_linear"])
+def test_tensors_of_a_trace_go_to_torch(op):
     """A FakeTensor says that it is in main memory, and has no memory."""
     with FakeTensorMode():
-        q, k, v = (torch.empty(1, 70, 2, 16) for _ in range(3))
-        with pytest.raises(UserError, match="a trace") if backend == "cpu" else nullcontext():
-            o, state = ops.additive(q, k, v, output_final_state=True, backend=backend)
-            assert (o.shape, state.shape) == ((1, 70, 2, 16), (1, 2, 16, 16))
+        fn, q = plain_calls()[op], torch.empty(1, 70, 2, 16)
+        assert fn(q, "auto").shape == fn(q, "auto").shape == (1, 70, 2, 16)
+        with pytest.raises(UserError, match=r"cannot run .*compiled code.*FakeTensor"):
+            fn(q, "cpu")
 
 
 def test_other_instruction_sets(other_isa):

@@ -9,18 +9,8 @@ from tolerances import OP, assert_near
 
 from subquad.errors import UserError
 from subquad.kernels import dispatch, ops
-from subquad.kernels.cpu.quick import quick as quick_function
 
 B, G, R, W, N = 2, 2, 3, 21, 4
-
-
-@pytest.fixture
-def quick():
-    """The functions by op, as `auto` finds them after its first call."""
-    found = {op: quick_function(op) for op in ("additive_step", "delta_step", "window_linear_step")}
-    if None in found.values():
-        pytest.skip("no C++ or no exchange table here")
-    return found
 
 
 def linear(K, V, decay):

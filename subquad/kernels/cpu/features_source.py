@@ -25,16 +25,11 @@ struct Features {
       else row(y + r * Yp, dst, m.floor);
   }
   // As borrow_tile: rows that can be read where they are, are.
-  const float* borrow(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* buf, int64_t& ld) {
-    if (!m.signs) return borrow_tile(t, b, from, h, rows, F, lo, hi, buf, ld);
+  const float* borrow(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* buf, int64_t& ld, Late* late = nullptr) {
+    if (!m.signs) return borrow_tile(t, b, from, h, rows, F, lo, hi, buf, ld, late);
     load(t, b, from, h, rows, lo, hi, buf);
     ld = Fp;
     return buf;
-  }
-  // Rows of 16-bit numbers that can be loaded later, into buf.
-  Late late(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* buf) const {
-    if (m.signs || t.type == 0 || !is_whole(from, rows, F, lo, hi)) return {};
-    return {at(t, b, from, h), 2 * t.st, t.type, F, buf};
   }
   // Transposed: dst [Fp, rows]; buf as for load.
   void load_columns(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int64_t lo, int64_t hi, float* buf, float* dst) {

@@ -183,16 +183,16 @@ struct Heads {
   void put(int64_t h) { empty[h - first] = l.empty; }
 };
 
-// What these heads take in the next chunk and where its results go, asked for while head h of them is at work, a quarter of its part from each in turn.
-// Before, heads asked for each other's rows of the same chunk, which lie apart, and had no room for most queries: 6 % slower at 4,096 tokens, 8 heads of 64.
-static Ahead part_of_next(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t h0, int64_t h1, int rows, int64_t hi) {
+// What heads h0 .. h1 take in the chunk from t on and where its results go: the share that is asked for while head h is at work on the chunk before, a
+// quarter of it from each tensor in turn. (By heads, whose rows lie apart, it is 6 % slower at 4,096 tokens, 8 heads of 64.)
+static Ahead share_of_next(const LinearArgs& a, int64_t b, int64_t t, int64_t h, int64_t h0, int64_t h1, int rows, int64_t hi) {
   Ahead ahead;
-  int64_t G = h1 - h0, n = 4 * G;
-  for (int64_t i = 4 * (h - h0), end = i + 4; t < hi && i < end; i++) {
-    ahead.part(a.k, b, t, h0, G, 1, rows, a.Y, hi, i, n);
-    ahead.part(a.v, b, t, h0, G, 1, rows, a.V, hi, i, n);
-    ahead.part(a.q, b, t, h0 * a.R, G, a.R, rows, a.Y, hi, i, n);
-    ahead.part(a.o, b, t, h0 * a.R, G, a.R, rows, a.V, hi, i, n);
+  int64_t G = h1 - h0, end = std::min(hi, t + rows);
+  for (int64_t i = 4 * (h - h0), last = i + 4; t < end && i < last; i++) {
+    ahead.part(a.k, b, t, end, h0, G, 1, a.Y, i);
+    ahead.part(a.v, b, t, end, h0, G, 1, a.V, i);
+    ahead.part(a.q, b, t, end, h0 * a.R, G, a.R, a.Y, i);
+    ahead.part(a.o, b, t, end, h0 * a.R, G, a.R, a.V, i);
   }
   return ahead;
 }
@@ -215,12 +215,11 @@ static void forward(const LinearArgs& a) {
         heads.take(h);
         if (a.kept && (t - lo) % BLOCK == 0) l.keep(a.kept + ((block + (t - lo) / BLOCK) * a.G + h) * l.kept_size());
         l.load(a, b, t, h, lo, hi);
-        Ahead ahead = part_of_next(a, b, t + l.n, h, h0, h1, l.n, hi);
+        Ahead ahead = share_of_next(a, b, t + l.n, h, h0, h1, l.n, hi);
         for (int64_t r = 0; r < a.R; r++) {
           int64_t head = h * a.R + r, ldq;
-          Late late = l.phi.late(a.q, b, t, head, l.n, lo, hi, q);
-          const float* rows = late.p && l.mode != VECTOR ? q : l.phi.borrow(a.q, b, t, head, l.n, lo, hi, q, ldq);
-          if (rows == q) ldq = l.Kp;
+          Late late = {};
+          const float* rows = l.phi.borrow(a.q, b, t, head, l.n, lo, hi, q, ldq, l.mode == VECTOR ? nullptr : &late);
           Place to = lend_tile(a.o, b, t, head, l.n, a.V, lo, hi, out);
           l.read(rows, ldq, to, nullptr, a.scale, &ahead, late);
           if (to.p == out) store_tile(a.o, b, t, head, l.n, a.V, lo, hi, out);

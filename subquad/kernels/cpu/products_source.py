@@ -21,27 +21,23 @@ struct Ahead {
   void add(const char* p, int64_t stride, int64_t count) {
     if (used < MOST && count > 0) of[used++] = {p, stride, count};
   }
+  // `count` rows: those that touch in the order of memory, which the machine's own prefetching follows.
   void want(const char* p, int64_t stride, int64_t bytes, int64_t count) {
-    for (int64_t c = 0; c < bytes; c += 128) add(p + c, stride, count);
+    if (stride == bytes) return add(p, 128, (bytes * count + 127) / 128);
+    for (int64_t c = 0; bytes <= 128 * count && c < bytes; c += 128) add(p + c, stride, count);
+    for (int64_t i = 0; bytes > 128 * count && i < count; i++) add(p + i * stride, 128, (bytes + 127) / 128);
   }
   void want(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t hi) {
     int bytes = t.type ? 2 : 4;
     want(at(t, b, from, h), t.st * bytes, (int64_t)size * bytes, hi - from < rows ? hi - from : rows);
   }
   void want(const float* p, int64_t count) { want((const char*)p, 128, 128, (count + 31) / 32); }
-  // A tile of rows: those that touch in the order of memory, which the machine's own prefetching follows.
-  void tile(const char* p, int64_t stride, int64_t bytes, int64_t count) {
-    if (stride == bytes) return add(p, 128, (bytes * count + 127) / 128);
-    if (bytes <= 128 * count) return want(p, stride, bytes, count);
-    for (int64_t i = 0; i < count; i++) add(p + i * stride, 128, (bytes + 127) / 128);
-  }
-  // Part i of n of the rows from.. of `groups` times `each` heads: some tokens of all heads where heads are neighbours in memory, else of one group's.
-  void part(const Tensor& t, int64_t b, int64_t from, int64_t h, int64_t groups, int64_t each, int64_t rows, int64_t size, int64_t hi, int64_t i, int64_t n) {
-    int64_t one = t.type ? 2 : 4, heads = groups * each;
-    bool apart = t.sh != size;
-    if (apart) h += i / (n / groups) * each, i %= n / groups, n /= groups, heads = 1;
-    int64_t first = from + rows * i / n, end = std::min(hi, from + rows * (i + 1) / n);
-    for (int64_t r = 0; r < (apart ? each : 1); r++) tile(at(t, b, first, h + r), t.st * one, heads * size * one, end - first);
+  // Quarter i of 4 `groups` of rows from .. end of `groups` times `each` heads: some tokens of all heads where these are neighbours in memory, else of a group.
+  void part(const Tensor& t, int64_t b, int64_t from, int64_t end, int64_t h, int64_t groups, int64_t each, int64_t size, int64_t i) {
+    int64_t one = t.type ? 2 : 4, n = 4 * groups, runs = 1, heads = groups * each;
+    if (t.sh != size) h += i / 4 * each, i %= 4, n = 4, runs = each, heads = 1;
+    int64_t first = from + (end - from) * i / n, count = from + (end - from) * (i + 1) / n - first;
+    for (int64_t r = 0; r < runs; r++) want(at(t, b, first, h + r), t.st * one, heads * size * one, count);
   }
   Few next(int rows) {
     const Rows& r = of[now];
@@ -137,7 +133,7 @@ static void lower_transposed(int n, int N, const float* A, int64_t lda, const fl
 // out lower = A B^T, BT [K, n]; late: rows of A that are loaded as they are needed
 static void lower_product(int n, int K, const float* A, int64_t lda, const float* BT, float* out, Ahead* ahead = nullptr, const Late& late = {}) {
   for (int i = 0; i < n; i += MR) {
-    if (late.p) late.load(i, MR);
+    late.load(i, MR);
     int cols = up(i + MR);
     gemm<false, false>(MR, cols < n ? cols : n, K, A + i * lda, lda, BT, n, out + i * n, n, ahead);
   }

@@ -157,40 +157,26 @@ static PyObject* run_op(Call& c, Args& a, bool final, int64_t F, int64_t last, v
   return both;
 }
 // q, k, v, beta or None, state, log_decay or None, scale
-static PyObject* linear_step(PyObject*, PyObject* const* x, int64_t count) {
-  Call c;
-  StepArgs a = {};
-  c.ok = count == 7;
-  if (c.ok) {
-    a.q = c.rows(x[0], "BHK"), a.k = c.rows(x[1], "BGK"), a.v = c.rows(x[2], "BGV"), a.beta = c.rows(x[3], "BG"), a.S = c.state(x[4], "BGKV");
-    a.g = c.decay(x[5], "BGK", a.mode), a.scale = c.number(x[6], 1.0);
-    c.ok = c.ok && a.q.p && a.k.p && a.v.p && a.S && !(a.beta.p && a.mode == VECTOR);
-  }
+static PyObject* linear_step(Call& c, StepArgs& a, PyObject* const* x) {
+  a.q = c.rows(x[0], "BHK"), a.k = c.rows(x[1], "BGK"), a.v = c.rows(x[2], "BGV"), a.beta = c.rows(x[3], "BG"), a.S = c.state(x[4], "BGKV");
+  a.g = c.decay(x[5], "BGK", a.mode), a.scale = c.number(x[6], 1.0);
+  c.ok = c.ok && a.q.p && a.k.p && a.v.p && a.S && !(a.beta.p && a.mode == VECTOR);
   return run_step(c, a, subquad_linear_step);
 }
 // q, k, v, fq, mix, state, left_fk, left_v, log_decay, scale, sink_k, sink_v; None where there is none
-static PyObject* window_step(PyObject*, PyObject* const* x, int64_t count) {
-  Call c;
-  StepArgs a = {};
-  c.ok = count == 12;
-  if (c.ok) {
-    a.q = c.rows(x[0], "BHK"), a.k = c.rows(x[1], "BWGK", true), a.v = c.rows(x[2], "BWGV", true), a.fq = c.rows(x[3], "BHF"), a.mix = c.rows(x[4], "BH");
-    c.size['X'] = c.size['V'] + 1;
-    a.S = c.state(x[5], "BGFX"), a.lk = c.rows(x[6], "BGF"), a.lv = c.rows(x[7], "BGV"), a.g = c.decay(x[8], "BGF", a.mode);
-    a.sk = c.rows(x[10], "BNGK", true), a.sv = c.rows(x[11], "BNGV", true);
-    a.F = a.S ? c.size['F'] : 0, a.W = c.size['W'], a.N = c.size['N'], a.scale = c.number(x[9], 1 / std::sqrt((double)c.size['K']));
-    c.ok = c.ok && a.q.p && a.k.p && a.v.p && !a.sk.p == !a.sv.p;
-    if (a.S) c.ok = c.ok && a.fq.p && a.mix.p && !a.lk.p == !a.lv.p;
-    else c.ok = c.ok && !a.fq.p && !a.mix.p && !a.lk.p && !a.lv.p && !a.g.p;
-  }
+static PyObject* window_step(Call& c, StepArgs& a, PyObject* const* x) {
+  a.q = c.rows(x[0], "BHK"), a.k = c.rows(x[1], "BWGK", true), a.v = c.rows(x[2], "BWGV", true), a.fq = c.rows(x[3], "BHF"), a.mix = c.rows(x[4], "BH");
+  c.size['X'] = c.size['V'] + 1;
+  a.S = c.state(x[5], "BGFX"), a.lk = c.rows(x[6], "BGF"), a.lv = c.rows(x[7], "BGV"), a.g = c.decay(x[8], "BGF", a.mode);
+  a.sk = c.rows(x[10], "BNGK", true), a.sv = c.rows(x[11], "BNGV", true);
+  a.F = a.S ? c.size['F'] : 0, a.W = c.size['W'], a.N = c.size['N'], a.scale = c.number(x[9], 1 / std::sqrt((double)c.size['K']));
+  c.ok = c.ok && a.q.p && a.k.p && a.v.p && !a.sk.p == !a.sv.p;
+  if (a.S) c.ok = c.ok && a.fq.p && a.mix.p && !a.lk.p == !a.lv.p;
+  else c.ok = c.ok && !a.fq.p && !a.mix.p && !a.lk.p && !a.lv.p && !a.g.p;
   return run_step(c, a, subquad_window_linear_step);
 }
 // q, k, v, beta or None, log_decay or None, initial state or None, scale, is the final state wanted, threads, a map's five numbers
-static PyObject* linear(PyObject*, PyObject* const* x, int64_t count) {
-  Call c;
-  LinearArgs a = {};
-  c.ok = count == 14;
-  if (!c.ok) return none();
+static PyObject* linear(Call& c, LinearArgs& a, PyObject* const* x) {
   a.q = c.rows(x[0], "BTHY", true), a.k = c.rows(x[1], "BTGY", true), a.v = c.rows(x[2], "BTGV", true);
   a.map = c.map(x + 9, a.K), c.size['F'] = a.K;
   a.beta = c.rows(x[3], "BTG", true), a.g = c.decay(x[4], "BTGF", a.mode, true), a.h0 = c.state(x[5], "BGFV");
@@ -199,11 +185,7 @@ static PyObject* linear(PyObject*, PyObject* const* x, int64_t count) {
   return run_op(c, a, c.number(x[7], 0) != 0, a.K, c.size['V'], a.beta.p ? subquad_delta : subquad_additive);
 }
 // q, k, v, fq, fk, mix, log_decay, initial state, sink_k, sink_v, window, sinks, position, scale, final, threads, a map's five numbers
-static PyObject* window_linear(PyObject*, PyObject* const* x, int64_t count) {
-  Call c;
-  WindowArgs a = {};
-  c.ok = count == 21;
-  if (!c.ok) return none();
+static PyObject* window_linear(Call& c, WindowArgs& a, PyObject* const* x) {
   a.q = c.rows(x[0], "BTHK", true), a.k = c.rows(x[1], "BXGK", true), a.v = c.rows(x[2], "BXGV", true);
   a.fq = c.rows(x[3], "BTHY", true), a.fk = c.rows(x[4], "BXGY", true), a.mix = c.rows(x[5], "BTH", true);
   a.map = c.map(x + 16, a.F), c.size['F'] = a.F, c.size['W'] = c.size['V'] + 1, a.K = c.size['K'];
@@ -216,11 +198,17 @@ static PyObject* window_linear(PyObject*, PyObject* const* x, int64_t count) {
   else a.sk = a.k, a.sv = a.v;
   return run_op(c, a, c.number(x[14], 0) != 0, a.F, c.size['W'], subquad_window_linear);
 }
+template <class Args, PyObject* (*run)(Call&, Args&, PyObject* const*), int COUNT>
+static PyObject* method(PyObject*, PyObject* const* x, int64_t count) {
+  Call c;
+  Args a = {};
+  return count == COUNT ? run(c, a, x) : none();
+}
 static Method methods[] = {
-    {"linear_step", (void*)linear_step, FASTCALL, nullptr},
-    {"window_step", (void*)window_step, FASTCALL, nullptr},
-    {"linear", (void*)linear, FASTCALL, nullptr},
-    {"window_linear", (void*)window_linear, FASTCALL, nullptr},
+    {"linear_step", (void*)method<StepArgs, linear_step, 7>, FASTCALL, nullptr},
+    {"window_step", (void*)method<StepArgs, window_step, 12>, FASTCALL, nullptr},
+    {"linear", (void*)method<LinearArgs, linear, 14>, FASTCALL, nullptr},
+    {"window_linear", (void*)method<WindowArgs, window_linear, 21>, FASTCALL, nullptr},
 };
 }  // namespace python
 

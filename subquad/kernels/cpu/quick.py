@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from subquad.kernels.cpu.build import library
 from subquad.kernels.features import FUSED
+from subquad.kernels.shapes import more_than_numbers
 
 # Functions of python_source.py, by number; their arguments stand there. None for what is not given.
 _STEPS = {"additive_step": 0, "delta_step": 0, "window_linear_step": 1}
@@ -38,7 +38,7 @@ def quick(op: str) -> Callable | None:
 def _without_gradients(run: Callable) -> Callable:
     def op(tensors: tuple, settings: tuple, feature_map: str | None = None) -> tuple[Tensor, Tensor | None] | None:
         numbers = _MAPS.get(feature_map)
-        if numbers is None or wanted(*tensors) or getattr(forward_ad, "_current_level", -1) >= 0:  # tangents, which tensors do not show
+        if numbers is None or wanted(*tensors) or more_than_numbers(tensors) is not None:
             return None
         return run(*tensors, *settings, torch.get_num_threads(), *numbers)
 

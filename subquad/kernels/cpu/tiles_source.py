@@ -37,38 +37,32 @@ INLINE vh to_bf16(vf x) {  // to nearest, ties to even; NaN stays NaN
   vu b = (vu)x, r = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
   return narrow(x != x ? (vu){} + 0x7fc0u : r);
 }
-// Are these rows tiles as they stand in memory, but for their dtype?
+// Rows that are a tile as they stand in memory, but for their dtype: nothing to pad, nothing outside the sequence.
 static bool is_whole(int64_t from, int rows, int size, int64_t lo, int64_t hi) { return size % L == 0 && from >= lo && from + rows <= hi; }
-template <int TYPE>
-static void load_whole(const char* p, int64_t stride, int rows, int size, float* dst, float scale) {
-  for (int r = 0; r < rows; r++, p += stride, dst += size)
-    for (int c = 0; c < size; c += L) {
-      vf x = load(p + (TYPE ? 2 : 4) * c, TYPE);
-      st(dst + c, scale == 1.0f ? x : scale * x);
-    }
-}
-// A whole tile of 16-bit numbers that is loaded some rows at a time, between the products that need them: loading hides behind arithmetic (queries: 11.36 ->
-// 11.22 us a chunk in cache, 1.5 to 2 % at 1,024 and 4,096 tokens).
-struct Late {
-  const char* p = nullptr;  // null: nothing is to be loaded
-  int64_t stride = 0, type = 1;
-  int size = 0;
-  float* dst = nullptr;
-  void load(int from, int rows) const {
-    const char* own = p + from * stride;
-    float* to = dst + from * size;
-    if (type == 1) load_whole<1>(own, stride, rows, size, to, 1.0f);
-    else load_whole<2>(own, stride, rows, size, to, 1.0f);
+struct Whole {
+  const char* p;
+  int64_t stride;  // bytes
+  int64_t type;
+  Whole(const Tensor& t, int64_t b, int64_t from, int64_t h) : p(at(t, b, from, h)), stride(t.st * (t.type ? 2 : 4)), type(t.type) {}
+  template <class F>  // fn(at), at(r, c): L numbers of row r from column c on, of a dtype that the compiler knows
+  INLINE_MEMBER void read(F fn) const {
+    if (type == 0) fn([&](int r, int c) __attribute__((always_inline)) { return load(p + r * stride + 4 * c, 0); });
+    else if (type == 1) fn([&](int r, int c) __attribute__((always_inline)) { return load(p + r * stride + 2 * c, 1); });
+    else fn([&](int r, int c) __attribute__((always_inline)) { return load(p + r * stride + 2 * c, 2); });
+  }
+  void copy(int from, int rows, int size, float* dst, float scale = 1.0f) const {  // rows from.. to the same rows of dst
+    read([&](auto at) __attribute__((always_inline)) {
+      for (int r = from; r < from + rows; r++)
+        for (int c = 0; c < size; c += L) st(dst + r * size + c, scale == 1.0f ? at(r, c) : scale * at(r, c));
+    });
+  }
+  void transposed(int rows, int size, float* dst) const {
+    read([&](auto at) __attribute__((always_inline)) { transpose_from(rows, size, at, dst, rows); });
   }
 };
 // Rows `from`.. of one head into a tile [rows, up(size)]; rows outside [lo, hi) and padding are zeros.
 static void load_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* dst, float scale = 1.0f) {
-  if (is_whole(from, rows, size, lo, hi)) {
-    const char* p = at(t, b, from, h);
-    if (t.type == 0) return load_whole<0>(p, 4 * t.st, rows, size, dst, scale);
-    if (t.type == 1) return load_whole<1>(p, 2 * t.st, rows, size, dst, scale);
-    return load_whole<2>(p, 2 * t.st, rows, size, dst, scale);
-  }
+  if (is_whole(from, rows, size, lo, hi)) return Whole(t, b, from, h).copy(0, rows, size, dst, scale);
   int width = up(size), whole = size / L * L;
   for (int r = 0; r < rows; r++, dst += width) {
     int64_t i = from + r;
@@ -84,30 +78,30 @@ static void load_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int r
   }
 }
 // The same, transposed: dst [up(size), rows]; through buf [rows, up(size)] where rows are no whole tile.
-template <int TYPE>
-static void transpose_whole(const char* p, int64_t stride, int rows, int size, float* dst) {
-  for (int r = 0; r < rows; r += L)
-    for (int c = 0; c < size; c += L)
-      transpose_block([&](int i) __attribute__((always_inline)) { return load(p + (r + i) * stride + (TYPE ? 2 : 4) * c, TYPE); }, dst + c * rows + r, rows);
-}
 static void load_transposed(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* buf, float* dst) {
-  if (is_whole(from, rows, size, lo, hi)) {
-    const char* p = at(t, b, from, h);
-    if (t.type == 0) return transpose_whole<0>(p, 4 * t.st, rows, size, dst);
-    if (t.type == 1) return transpose_whole<1>(p, 2 * t.st, rows, size, dst);
-    return transpose_whole<2>(p, 2 * t.st, rows, size, dst);
-  }
+  if (is_whole(from, rows, size, lo, hi)) return Whole(t, b, from, h).transposed(rows, size, dst);
   load_tile(t, b, from, h, rows, size, lo, hi, buf);
   transpose(rows, up(size), buf, up(size), dst, rows);
 }
-// The same, without a copy where the tensor's own rows can serve (only as the left factor of a product: rows may lie far apart).
-static const float* borrow_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* buf, int64_t& ld) {
-  if (t.type == 0 && is_whole(from, rows, size, lo, hi)) {
-    ld = t.st;
-    return (const float*)at(t, b, from, h);
+// Rows of 16-bit numbers that are copied into a tile between the products that need them, where that hides behind arithmetic (queries of a chunk: 11.36 -> 11.22
+// us in cache, 1.5 to 2 % of a call at 1,024 and 4,096 tokens).
+struct Late {
+  std::optional<Whole> rows;
+  int size;
+  float* dst;
+  void load(int from, int count) const {
+    if (rows) rows->copy(from, count, size, dst);
   }
-  load_tile(t, b, from, h, rows, size, lo, hi, buf);
-  ld = up(size);
+};
+// As load_tile, without a copy where the tensor's own rows can serve (only as the left factor of a product: rows may lie far apart), and with none yet where
+// the caller has them copied late.
+static const float* borrow_tile(const Tensor& t, int64_t b, int64_t from, int64_t h, int rows, int size, int64_t lo, int64_t hi, float* buf, int64_t& ld,
+                                Late* late = nullptr) {
+  bool whole = is_whole(from, rows, size, lo, hi);
+  ld = whole && t.type == 0 ? t.st : up(size);
+  if (whole && t.type == 0) return (const float*)at(t, b, from, h);
+  if (whole && late) *late = {Whole(t, b, from, h), size, buf};
+  else load_tile(t, b, from, h, rows, size, lo, hi, buf);
   return buf;
 }
 // Where results of a tile go, rows `stride` numbers apart.

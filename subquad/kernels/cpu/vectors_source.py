@@ -145,9 +145,12 @@ INLINE void transpose_block(F row, float* dst, int64_t ldd) {
     for (int i = 0; i < G; i++) st(dst + (4 * i + c) * ldd, g[i]);
   }
 }
-static void transpose(int rows, int cols, const float* src, int64_t lds, float* dst, int64_t ldd) {
+template <class F>  // at(r, c): L numbers of row r from column c on
+INLINE void transpose_from(int rows, int cols, F at, float* dst, int64_t ldd) {
   for (int i = 0; i < rows; i += L)
-    for (int j = 0; j < cols; j += L)
-      transpose_block([&](int r) __attribute__((always_inline)) { return ld(src + (i + r) * lds + j); }, dst + j * ldd + i, ldd);
+    for (int j = 0; j < cols; j += L) transpose_block([&](int r) __attribute__((always_inline)) { return at(i + r, j); }, dst + j * ldd + i, ldd);
+}
+static void transpose(int rows, int cols, const float* src, int64_t lds, float* dst, int64_t ldd) {
+  transpose_from(rows, cols, [&](int r, int c) __attribute__((always_inline)) { return ld(src + r * lds + c); }, dst, ldd);
 }
 """
